@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry.partition import Partition, indices
+from lightning_normdyn.geometry.partition import MOST_SHARED, Partition, indices
 
 from .flow import Shape
 from .rows import Rows, distinct
@@ -64,7 +65,7 @@ class Candidate:
         finest: Partition,
     ) -> Candidate:
         """A cut of which nothing is known yet."""
-        return cls(finest, Rows(finest.n))
+        return cls(finest.shared(), Rows(finest.n))
 
     @classmethod
     def of_verdict(
@@ -191,10 +192,29 @@ def _labels(
     return partition.labels.flatten().cpu()
 
 
+Known = dict[tuple[Any, ...], "Reading"]
+"""By the content of candidates, how they are to be read: layers of a network are alike."""
+
+
+class Reading(NamedTuple):
+    """What the graph says of one weight.
+
+    Args:
+        cut: position of the candidate that claims most.
+        vectors: its rows that are scaled together.
+        unread: the rows that no loss has read, as one vector; None if there are none.
+    """
+
+    cut: int
+    vectors: Vectors
+    unread: Partition | None
+
+
 def judge(
     name: str,
     shape: Shape,
     candidates: Sequence[Candidate],
+    known: Known,
 ) -> Verdict:
     """The verdict of the cut that claims most.
 
@@ -202,7 +222,32 @@ def judge(
         name: of the weight.
         shape: its full shape.
         candidates: the cuts of it that were followed.
+        known: what was found of weights before it; the candidates of all of them must still be
+            there.
     """
+    content = _content_of(shape, candidates)
+    reading = None if content is None else known.get(content)
+    if reading is None:
+        reading = _read(shape, candidates)
+        if content is not None:
+            known[content] = reading
+    return _verdict_of(name, shape, candidates[reading.cut], reading.vectors, reading.unread)
+
+
+def _content_of(shape: Shape, candidates: Sequence[Candidate]) -> tuple[Any, ...] | None:
+    """All that `_read` goes by; None where that is more than is compared fast."""
+    content: list[Any] = [shape]
+    for candidate in candidates:
+        rows = candidate.rows
+        if rows.picked.numel() or len(rows.met) > MOST_SHARED:
+            return None
+        numbers = rows.parent.numpy().tobytes(), rows.met.numpy().tobytes()
+        # By identity: equal cuts of alike weights are one object.
+        content += [id(candidate.finest), *numbers, rows.varies, bool(rows.reasons)]
+    return tuple(content)
+
+
+def _read(shape: Shape, candidates: Sequence[Candidate]) -> Reading:
     entries = math.prod(shape)
     readings = [(candidate, candidate.rows.reached()[1:]) for candidate in candidates]
     # A row that no loss has read is so in every cut, but only some show it.
@@ -219,8 +264,9 @@ def judge(
         claim = _claim_of(candidate, vectors, unread, entries)
         claims.append((claim, candidate, vectors))
     # Of equal claims the first, which is the cut into filters where it is among them.
-    _, candidate, vectors = max(claims, key=itemgetter(0))
-    return _verdict_of(name, shape, candidate, vectors, unread)
+    _, chosen, vectors = max(claims, key=itemgetter(0))
+    (cut,) = [i for i, candidate in enumerate(candidates) if candidate is chosen]
+    return Reading(cut, vectors, unread)
 
 
 def _claim_of(

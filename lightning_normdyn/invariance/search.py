@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
 
-from .candidates import Candidate, judge
+from .candidates import Candidate, Known, judge
 from .entry_masks import MaskMemory
 from .flow import Shape
 from .follow import follow
@@ -391,8 +391,9 @@ class ScaleInvarianceSearch:
         return self._cuts(name, shape)[1:2]
 
     def _judge_all(self, shapes: Mapping[str, Shape]) -> None:
+        known: Known = {}
         for name, shape in shapes.items():
-            verdict = self._doubted(judge(name, shape, self._candidates[name]))
+            verdict = self._doubted(judge(name, shape, self._candidates[name], known))
             self.verdicts[name] = verdict.unmasked(self.masks.read(name))
 
     def _doubted(self, verdict: Verdict) -> Verdict:
