@@ -1192,8 +1192,85 @@ def training(rounds: int, device: str, quick: bool) -> str:
         )
         if "ResNet" in name:
             bars.append(Bar(f"{name}: whole suite, share of a step", 0.02, whole))
+        else:
+            bars.append(Bar(f"{name}: suite over the bare step", 1.06, 1 + whole))
     text = table("", ["model", "step ms", "callbacks", "added ms", "share of a step"], rows)
     return text if quick else text + "\n" + bar_table(bars)
+
+
+# ------------------------------------------------------------------------------- many small layers
+
+
+def many_layers(layers: int, width: int = 8) -> nn.Module:
+    """Small layers in a row, each in front of a LayerNorm."""
+    parts: list[nn.Module] = []
+    for _ in range(layers):
+        parts += [nn.Linear(width, width, bias=False), nn.LayerNorm(width)]
+    return nn.Sequential(*parts, nn.Linear(width, 2))
+
+
+def loss_of_squares(net: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = net(batch).square().mean()
+    return loss
+
+
+def many(rounds: int, device: str, quick: bool) -> str:
+    """Section: what callbacks cost where the arithmetic of a layer costs nothing."""
+    few, layers = (10, 20) if quick else (20, 200)
+    chosen: dict[str, tuple[Callable[[], Sequence[NormDynCallback]], float]] = {
+        "plain": (list, math.nan),
+        "AWS": (lambda: [AdaptiveWeightShrink(1e-3)], 8),
+        "RadialProjection": (lambda: [RadialProjection()], 20),
+        "WRS, rescaling": (lambda: [WeightRescaling(1)], 15),
+        "WRS, idle": (lambda: [WeightRescaling(NEVER)], math.nan),
+        "monitor, idle": (lambda: [monitor(NEVER)], 0.2),
+        "monitor, logging": (lambda: [monitor(1)], 25),
+        "suite, idle": (lambda: suite(NEVER), math.nan),
+    }
+
+    def make(name: str, count: int) -> Case:
+        torch.manual_seed(0)
+        net, x = many_layers(count).to(device), torch.randn(8, 8, device=device)
+        fit = Fit(net, sgd_fused, chosen[name][0](), loss_of_squares, x)
+        # The first steps are looked at closely, and twice as many are evidence.
+        for _ in range(2 * FIRST_BATCHES):
+            fit.run_batch()
+
+        def call() -> None:
+            # In a fit no other one has pushed its objects out of the caches.
+            for _ in range(5):
+                fit.run_batch()
+
+        return Case(name, call, fit)
+
+    measured = measure([make(name, layers) for name in chosen], rounds, device)
+    of_few = measure([make(name, few) for name in chosen], 1, device, warmup=0)
+    plain = measured["plain"]
+    rows, bars = [], []
+    for name, (_, most) in chosen.items():
+        case = measured[name]
+        beyond = [t - p for t, p in zip(case.times, plain.times, strict=True)]
+        each = 1e6 * statistics.median(beyond) / layers
+        ratio = median_ratio(case.times, plain.times)
+        inside = 1e6 * statistics.median(case.ours) / layers
+        grown = (case.operations - of_few[name].operations) / 5
+        grown -= (plain.operations - of_few["plain"].operations) / 5
+        per_layer = grown / (layers - few)
+        cells = [milliseconds(case.times), f"{each:.2f}", f"{inside:.2f}", f"{ratio:.3f}"]
+        rows.append([name, *cells, f"{per_layer:.2f}"])
+        if name == "AWS":
+            bars.append(Bar("AWS, step over the plain step", 1.05, ratio))
+        if not math.isnan(most):
+            bars.append(Bar(f"{name}, microseconds per layer beyond plain", most, each, PYTHON))
+    head = ["case", "ms (middle half)", "us per layer beyond plain", "us in hooks", "/ plain"]
+    text = f"{layers} layers of 8 x 8, each in front of a LayerNorm; {rounds} rounds.\n\n"
+    text += table("", [*head, "operations per layer"], rows)
+    return text if quick else text + "\n" + bar_table(bars)
+
+
+PYTHON = (
+    "what is left is Python's own, for each weight: what is asked of it before a step, and a row"
+)
 
 
 # -------------------------------------------------------------------------------------- collectives
@@ -1421,6 +1498,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
             "alone": ("Alone in a process", lambda: alone(small, rounds)),
             "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
             "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
+            "many": ("Many small layers", lambda: many(rounds, "cpu", quick=True)),
             "collectives": ("Two ranks", lambda: collectives(small)),
             "logged": ("In a Trainer", lambda: logged(12)),
             "cuda": ("CUDA", lambda: on_cuda(rounds, quick=True)),
@@ -1441,6 +1519,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
         ),
         "growth": ("Growth", lambda: growth(rounds, "cpu", 1)),
         "training": ("Training steps", lambda: training(rounds, "cpu", quick=False)),
+        "many": ("Many small layers", lambda: many(rounds, "cpu", quick=False)),
         "collectives": ("Two ranks", lambda: collectives(resnet50())),
         "logged": ("In a Trainer, beside self.log_dict and wandb.watch", lambda: logged(20)),
         "cuda": ("CUDA", lambda: on_cuda(rounds, quick=False)),

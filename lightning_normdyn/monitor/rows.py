@@ -30,7 +30,7 @@ from .measured_balance import Balance, MatrixSums, quantities_of
 from .passed_steps import Stretch
 from .predictions import Predictor, noise_coherence
 from .pulls import Strength, strength_of
-from .quantities import QUANTITIES, monitored
+from .quantities import QUANTITIES
 from .verdicts import Course
 
 LR_DROP = 1.5
@@ -39,9 +39,6 @@ schedule that glides never does."""
 
 SAME_RATE = 1e-3
 """Relative difference up to which two rates are the same constant."""
-
-_OF_PREDICTION = {q.name: q.prediction for q in monitored() if q.prediction is not None}
-_OF_EXPECTATION = {q.name: q.expectation for q in monitored() if q.expectation is not None}
 
 _RESTS_ON = ("weight_norm", "gradient_scale", "equivalent_weight_decay")
 """What a prediction is computed from."""
@@ -444,12 +441,20 @@ def _add_to(sums: list[float], *terms: float) -> None:
 
 def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
     """The quantities that compare a measured angular update with its prediction."""
-    return {name: formula(measured, predicted) for name, formula in _OF_PREDICTION.items()}
+    compared = {}
+    for quantity in QUANTITIES.values():
+        if quantity.prediction is not None:
+            compared[quantity.name] = quantity.prediction(measured, predicted)
+    return compared
 
 
 def _from_expectation(measured: float, angle: float, norm: float) -> dict[str, float]:
     """The quantities that compare a measured angular update with what was expected."""
-    return {name: formula(measured, angle, norm) for name, formula in _OF_EXPECTATION.items()}
+    compared = {}
+    for quantity in QUANTITIES.values():
+        if quantity.expectation is not None:
+            compared[quantity.name] = quantity.expectation(measured, angle, norm)
+    return compared
 
 
 def _steered_to(effects: Effects, sums: MatrixSums) -> tuple[float, float | None] | None:
