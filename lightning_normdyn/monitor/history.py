@@ -115,10 +115,8 @@ class History:
         # First of all: a value that is refused must not leave a column behind.
         numbers = list(map(_as_float, values.values()))
         columns = self._contents.columns
-        # Nearly always all of them are there; to ask for each takes longer.
-        if not values.keys() <= columns.keys():
-            for key in values:
-                columns.setdefault(key, len(columns))
+        for key in values:
+            columns.setdefault(key, len(columns))
 
         recorded = [columns[key] for key in values]
         cells = np.full(len(columns), np.nan, dtype=np.float32)
@@ -476,8 +474,6 @@ def _as_float(value: float) -> float:
         NormDynError: for an integer that no float can hold, which was never measured: what diverges
             is infinite.
     """
-    if type(value) is float:
-        return value
     try:
         return float(value)
     except OverflowError as error:

@@ -266,18 +266,15 @@ class StepGauge:
     def take_effects(self, effects: Sequence[Effects]) -> None:
         """What other callbacks do may change from epoch to epoch (WRS in its window)."""
         plan = self.plan
-        targets = plan.targets
-        # Equal ones as one object: what is looked up by them is then found at once.
-        known: dict[Effects, Effects] = {}
-        effects = [known.setdefault(effect, effect) for effect in effects]
-        self.effects = {t.name: effect for t, effect in zip(targets, effects, strict=True)}
+        one_of = {effect: effect for effect in effects}  # equal ones are then found at once
+        names = [target.name for target in plan.targets]
+        self.effects = dict(zip(names, [one_of[effect] for effect in effects], strict=True))
         shrinks = [effect.shrink for effect in effects]
         # NaN, not 0: every mean leaves it out, while a 0 would be averaged as a strength.
         alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
         vectors = plan.vectors
-        self._alpha = vectors.spread(
-            torch.tensor(alphas, dtype=vectors.sum_dtype, device=vectors.device)
-        )
+        of_weights = torch.tensor(alphas, dtype=vectors.sum_dtype, device=vectors.device)
+        self._alpha = vectors.spread(of_weights)
         self._alpha_of_std = plan.spread(
             [shrink is not None and shrink.statistic == "std" for shrink in shrinks]
         )
