@@ -302,4 +302,4 @@ def _thinned(points: tuple[Point, ...]) -> tuple[Point, ...]:
     return (*points[:-half:2], *points[-half:])
 
 
-__all__ = ["NO_ROWS", "BalanceWindow", "MatrixRow", "Passed", "Point", "Span", "log_of_kept"]
+__all__ = ["BalanceWindow", "MatrixRow", "Passed", "Point", "Span", "log_of_kept"]
