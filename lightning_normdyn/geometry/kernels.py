@@ -131,7 +131,6 @@ class Kernels:
         device: torch.device,
     ) -> None:
         self._index = index
-        self._hidden = hidden
         self._device = device
         self._precision = passes.own_precision(*values)
         self._sum_dtype = sum_dtype(device)
