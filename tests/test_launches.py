@@ -207,7 +207,7 @@ def cases():
             yield pytest.param(case, number, marks=[] if is_quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("case", "number"), cases())
+@pytest.mark.parametrize(("case", "number"), list(cases()))
 def test_launches_do_not_depend_on_the_number_of_weights(counted, case, number):
     callback, optimizer, budget = BUDGETS[case]
     assert launches(counted, callback(), optimizer, number) <= budget, counted.by_phase
@@ -215,4 +215,4 @@ def test_launches_do_not_depend_on_the_number_of_weights(counted, case, number):
 
 @pytest.mark.slow
 def test_weights_of_16_bits_shrink_in_as_many_launches_whatever_their_number(counted):
-    assert launches(counted, AdaptiveWeightShrink(0.01), sgd, 4, torch.bfloat16) <= 32
+    assert launches(counted, AdaptiveWeightShrink(0.01), sgd, 4, torch.bfloat16) <= 10

@@ -283,9 +283,9 @@ class WeightVectors(Reduction):
         difference of norms or an angle is wanted, use `inner`.
         """
         # Squares, since those add up over ranks.
-        return self.sum_(self._squares()).sqrt_()
+        return self.sum_(self.partial_squares()).sqrt_()
 
-    def _squares(self) -> Tensor:
+    def partial_squares(self) -> Tensor:
         """This rank's part of <w, w>, ``(n,)``, by the fastest pass."""
         return self._kernels.sums(passes.SQUARES, [self.values()])[0]
 
@@ -496,39 +496,8 @@ class WeightVectors(Reduction):
             numbers = [*numbers, share, active]
         return self.sum_(self._kernels.sums(how, operands, numbers))
 
-    def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
-        """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
-
-        A factor too close to 1 to survive rounding is kept in ``owed`` until it matters; what is
-        then written is measured, so that rounding leaves no bias. Each rank does so for its own
-        piece of a vector, without communication.
-
-        Args:
-            factor: ``(n,)``: this step's factor.
-            owed: ``(n,)``: the product of factors not yet applied.
-
-        Returns:
-            The new ``owed``.
-        """
-        owed = owed * factor.to(owed.dtype)
-        rounding = self._rounding
-        keeps_all = rounding <= torch.finfo(torch.float32).eps
-        is_due = keeps_all | ((owed - 1).abs() >= rounding)
-        wanted = torch.where(is_due, owed, torch.ones_like(owed))
-
-        square_before = self._squares()
-        self.scale_(wanted)
-        square_after = self._squares()
-
-        # Measured, because the stored weights changed by another factor than the wanted one. Where
-        # nothing can be measured (a vector of zeros), the wanted one is taken for applied.
-        measured = (square_after / square_before).sqrt().to(owed.dtype)
-        usable = torch.isfinite(measured) & (measured > 0) & ~keeps_all
-        applied = torch.where(usable, measured, wanted)
-        return torch.where(is_due, owed / applied, owed)
-
     @cached_property
-    def _rounding(self) -> Tensor:
-        """The relative rounding of each vector's weight, ``(n,)``."""
+    def rounding(self) -> Tensor:
+        """The relative rounding of each vector's weight, float32 ``(n,)``."""
         epsilons = [torch.finfo(value.dtype).eps for value in self.values()]
         return self.spread(torch.tensor(epsilons, dtype=torch.float32, device=self.device))

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import gradients_of, versions_of
+from lightning_normdyn.geometry.rounded import scale_rounded_
 from lightning_normdyn.geometry.vectors import WeightVectors
 
 from .state import rescale_batch_norm_
@@ -298,7 +299,7 @@ class RoundedScaling(Scaling):
 
     def apply(self) -> None:
         """Multiply what survives rounding."""
-        self.owed = self.vectors.scale_rounded_(self.factor, self.owed)
+        self.owed = scale_rounded_(self.vectors, self.factor, self.owed)
         self._applied = True
 
     def _multiplied(self, versions: Sequence[int]) -> list[bool]:

@@ -24,4 +24,5 @@ def test_all_layouts(dtype):
 def test_callbacks_follow_their_papers():
     """Every callback under two optimizers, as `test_conformance` has them."""
     one_mode = "test_follows_its_paper and (-adamw] or -sgd]) and not default and not scaler"
-    run_tests("tests/test_conformance.py", "-k", one_mode)
+    bf16 = "test_trains_bf16_weights"
+    run_tests("tests/test_conformance.py", "-k", f"({one_mode}) or {bf16}")
