@@ -30,6 +30,9 @@ WARPS = 4
 SCALE_AND_ADD, STRETCH, SHORTENED = range(3)
 """What `triton_programs.write` does."""
 
+MOST_PROGRAMS = 16
+"""Of one formula: numbers that are no tensors are part of its program."""
+
 DISPLACEMENTS = frozenset(
     passes.displacement(exact, known=known)
     for exact in (None, torch.float64)
@@ -238,12 +241,11 @@ class TritonKernels(Kernels):
         tables = self._tables
         count = 0 if sums is None else len(sums)
         key = (formula, count, from_slots, fusion.signature(arguments))
-        known = self.formulas.get(key)
-        if known is None:
-            source = fusion.write_source(formula, count, arguments, from_slots=from_slots)
-            name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
-            known = programs().program_of(source.text, name), source.dtypes
-            self.formulas[key] = known
+        if key not in self.formulas:
+            self.formulas[key] = self._written(formula, count, arguments, from_slots)
+        known = self.formulas[key]
+        if isinstance(known, Unfit):
+            raise known
         program, dtypes = known
         results = []
         for destination, dtype in zip([*into, *[None] * len(dtypes)], dtypes, strict=False):
@@ -262,6 +264,21 @@ class TritonKernels(Kernels):
         grid = (-(-tables.n // at_once),)
         self._launch(program, [(grid, given, (at_once, slots_at_once))])
         return tuple(results)
+
+    def _written(
+        self, formula: Formula, sums: int, arguments: Sequence[Any], from_slots: bool
+    ) -> tuple[Any, tuple[torch.dtype, ...]] | Unfit:
+        """The program of a formula and the dtypes of its results, or why there is none: that is
+        kept as well, since to find it out takes longer than the formula."""
+        # A number that changes at every step would have a program written at every step.
+        if sum(other[0] is formula for other in self.formulas) >= MOST_PROGRAMS:
+            raise Unfit("the numbers of a formula keep changing")
+        try:
+            source = fusion.write_source(formula, sums, arguments, from_slots=from_slots)
+        except Unfit as error:
+            return error
+        name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
+        return programs().program_of(source.text, name), source.dtypes
 
     # ---- Changes, in place ----
 

@@ -18,7 +18,7 @@ from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry.formulas import radial_part_of_step, squares, work_out
 from lightning_normdyn.geometry.kernels import Kernels
-from lightning_normdyn.geometry.triton_kernels import TritonKernels
+from lightning_normdyn.geometry.triton_kernels import MOST_PROGRAMS, TritonKernels
 
 # The interpreter computes with numpy: what overflows or is no number there is no news.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -409,5 +409,29 @@ def test_a_formula_of_a_step_that_a_buffer_tells():
 def test_a_formula_that_no_program_has_is_left_to_torch():
     weight = moved_to_device(LAYOUTS["conv"][0], torch.float32)
     vectors = vectors_of(weight, names=["conv"])
-    found, *_ = work_out(vectors, lambda ww: (ww.erfinv(),), squares(vectors))
-    assert torch.equal(found, (vectors.norms() ** 2).erfinv()) or found.isnan().all()
+    calls = []
+
+    def formula(ww):
+        calls.append(ww)
+        return (ww.cumsum(0),)
+
+    for _ in range(3):
+        (found,) = work_out(vectors, formula, squares(vectors))
+    torch.testing.assert_close(found, (vectors.norms() ** 2).cumsum(0), rtol=1e-12, atol=0)
+    # Once to find out that there is none, and three times to do it.
+    assert len(calls) == 4
+
+
+def test_a_formula_whose_numbers_keep_changing_is_left_to_torch():
+    """As of a callback whose strength somebody schedules."""
+    weight = moved_to_device(LAYOUTS["one row"][0], torch.float32)
+    vectors = vectors_of(weight, names=["one row"])
+
+    def scaled(ww, strength):
+        return (ww * strength,)
+
+    ww = vectors.norms() ** 2
+    for step in range(MOST_PROGRAMS + 3):
+        (found,) = work_out(vectors, scaled, squares(vectors), (0.1 * step,))
+        torch.testing.assert_close(found, ww * (0.1 * step), rtol=1e-12, atol=0)
+    assert sum(key[0] is scaled for key in TritonKernels.formulas) == MOST_PROGRAMS
