@@ -155,6 +155,22 @@ class Balance(NamedTuple):
         return self.window.points[-1] if self.window.points else None
 
 
+OF_ONE_STEP = frozenset(["matrix_angle", "pull", "norm_drift"])
+"""What `quantities_of_step` tells: no span of steps is looked for."""
+
+
+def quantities_of_step(balance: Balance) -> dict[str, float]:
+    """Of `quantities_of`, what the newest rows tell by themselves."""
+    point = balance.newest
+    if point is None:
+        return {}
+    shown = {"matrix_angle": sqrt(point.squared_angle), "pull": point.pull}
+    step = balance.window.newest_step
+    if step is not None:
+        shown["norm_drift"] = step.growth / step.steps
+    return _known_of(shown)
+
+
 def quantities_of(
     balance: Balance, entries: int, noise_coherence: float | None
 ) -> dict[str, float]:
@@ -165,18 +181,17 @@ def quantities_of(
         entries: numbers in the matrix.
         noise_coherence: the coherence of pure noise under this optimizer; None if it is not known.
     """
+    shown = quantities_of_step(balance)
     point = balance.newest
-    if point is None:
-        return {}
-    shown = {"matrix_angle": sqrt(point.squared_angle), "pull": point.pull}
-    step = balance.window.newest_step
-    if step is not None:
-        shown["norm_drift"] = step.growth / step.steps
     span = balance.window.newest_span(entries)
-    if span is not None:
-        shown.update(_of_span(span, point, noise_coherence))
+    if point is not None and span is not None:
+        shown.update(_known_of(_of_span(span, point, noise_coherence)))
+    return shown
+
+
+def _known_of(quantities: dict[str, float]) -> dict[str, float]:
     # Absent, and not NaN: that would say that the run has diverged.
-    return {name: value for name, value in shown.items() if isfinite(value)}
+    return {name: value for name, value in quantities.items() if isfinite(value)}
 
 
 def _of_span(span: Span, point: Point, noise_coherence: float | None) -> dict[str, float]:
@@ -263,4 +278,11 @@ STATE: Check = table(
 """What `state_of` may look like in a checkpoint."""
 
 
-__all__ = ["Balance", "MatrixSums", "balances_from", "quantities_of", "state_of"]
+__all__ = [
+    "Balance",
+    "MatrixSums",
+    "balances_from",
+    "quantities_of",
+    "quantities_of_step",
+    "state_of",
+]

@@ -10,11 +10,13 @@ import torch
 
 from lightning_normdyn.functional import angle_from_sums, balanced_angular_update
 from lightning_normdyn.monitor.measured_balance import (
+    OF_ONE_STEP,
     STATE,
     Balance,
     MatrixSums,
     balances_from,
     quantities_of,
+    quantities_of_step,
     state_of,
 )
 from lightning_normdyn.monitor.passed_steps import Stretch
@@ -172,3 +174,12 @@ def test_a_checkpoint_gives_it_back():
     # By text: a NaN equals nothing.
     assert repr(again) == repr(balances)
     assert repr(after(again["c"], 161)) == repr(after(balances["c"], 161))
+
+
+def test_what_the_newest_rows_tell_needs_no_span(monkeypatch):
+    balance = followed()
+    whole = quantities_of(balance, ENTRIES, 19.0)
+    expected = {name: whole[name] for name in OF_ONE_STEP}
+    monkeypatch.setattr(type(balance.window), "newest_span", None)
+    assert quantities_of_step(balance) == expected
+    assert quantities_of_step(Balance()) == {}
