@@ -196,10 +196,10 @@ class Kernels:
             dtype=dtype,
             device=self._device,
         )
-        given = [self._of_rows(number, 0.0) for number in numbers if number is not None]
+        given = [self._of_lots(number, 0.0) for number in numbers if number is not None]
 
         added_up: list[tuple[slice, Tensor]] = []
-        for lot, columns in zip(self._lots, self._columns, strict=True):
+        for lot, columns, *of_lot in zip(self._lots, self._columns, *given, strict=True):
             views = lot.views(operands)
             place = written[:, columns]
             first = next((view for view in views if view is not None), None)
@@ -208,7 +208,7 @@ class Kernels:
                 continue
             dims, form = lot.dims(first), lot.form(first)
             # The same numbers for all parts of a row: they broadcast over whatever is cut.
-            views += [spread(number[columns], form, first) for number in given]
+            views += [spread(number, form, first) for number in of_lot]
 
             # Short rows that need no conversion lose no digits to one long sum, and what reads
             # every entry once has no use for the cache.
@@ -291,9 +291,8 @@ class Kernels:
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
-        of_rows = self._of_rows(factor, 1.0)
-        for lot, columns in zip(self._lots, self._columns, strict=True):
-            lot.scale_(tensors, of_rows[columns])
+        for lot, of_lot in zip(self._lots, self._of_lots(factor, 1.0), strict=True):
+            lot.scale_(tensors, of_lot)
 
     def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
         """Add ``coefficient * source`` to every vector; ``coefficient`` is ``(n,)``."""
@@ -362,9 +361,9 @@ class Kernels:
             operands: what it is called with.
             numbers: ``(n,)`` each, and the value for rows that belong to no vector.
         """
-        of_rows = [self._of_rows(values, dummy) for values, dummy in numbers]
-        for lot, columns in zip(self._lots, self._columns, strict=True):
-            lot.change_(change, operands, [number[columns] for number in of_rows])
+        of_lots = [self._of_lots(values, dummy) for values, dummy in numbers]
+        for lot, *of_lot in zip(self._lots, *of_lots, strict=True):
+            lot.change_(change, operands, of_lot)
 
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
@@ -387,11 +386,13 @@ class Kernels:
 
         return kernel
 
-    def _of_rows(self, values: Tensor, dummy: float) -> Tensor:
-        """From ``(n,)`` values of vectors those of all rows, in the order of lots."""
-        # Converted once here, not for every lot.
+    def _of_lots(self, values: Tensor, dummy: float) -> Sequence[Tensor]:
+        """From ``(n,)`` values of vectors those of the rows of each lot."""
+        # Converted and cut once here, not for every lot.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)
-        return of_rows if self._order is None else of_rows[self._order]
+        if self._order is not None:
+            of_rows = of_rows[self._order]
+        return of_rows.split_with_sizes([lot.rows for lot in self._lots])
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
