@@ -18,6 +18,10 @@ from lightning_normdyn.optimizers.step import HostCopy
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
+# A script of its own, which a test runs. To look for doctests in it would import Triton, which is
+# not installed everywhere.
+collect_ignore = ["geometry/compile_programs.py"]
+
 use_flavour()
 
 # Every Trainer reads the entry points of every installed package: a tenth of the time of a short
