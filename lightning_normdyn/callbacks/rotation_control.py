@@ -115,7 +115,12 @@ class RotationWorker(Worker["RotationControl"]):
         if share is not None:
             vectors.add_scaled_(-share, before)
 
-    def _stretch(self, step: Step, sums: tuple[Tensor, Tensor, Tensor], angle: Tensor) -> Tensor:
+    def _stretch(
+        self,
+        step: Step,
+        sums: tuple[Tensor, Tensor, Tensor],
+        angle: Tensor,
+    ) -> Tensor:
         """``(n,)``, f; NaN where no stretch turns a vector by ``angle``."""
         rule = self.rule
         if not rule.smoothing:

@@ -40,7 +40,12 @@ from lightning_normdyn.optimizers.step_response import DecayRate, named_rates
 class DecayPart(Part["WeightDecay"]):
     """The part in a fit of a decay: which weights it means, and whole weights where it can."""
 
-    def __init__(self, rule: WeightDecay, worker: type[Worker[Any]], session: Session) -> None:
+    def __init__(
+        self,
+        rule: WeightDecay,
+        worker: type[Worker[Any]],
+        session: Session,
+    ) -> None:
         # Two workers, since a decay before the step is refused under optimizers that evaluate their
         # closure twice, and a cautious one after the step is not.
         super().__init__(rule, CautiousDecayWorker if rule.cautious else worker, session)

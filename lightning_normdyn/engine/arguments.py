@@ -73,7 +73,12 @@ def check_within(
     return float(value)  # type: ignore[arg-type]
 
 
-def check_count(name: str, value: object, least: int, otherwise: str = "") -> int:
+def check_count(
+    name: str,
+    value: object,
+    least: int,
+    otherwise: str = "",
+) -> int:
     """An argument as an int, if it is a whole number >= ``least``; numpy's integers are.
 
     Args:
@@ -90,7 +95,11 @@ def check_count(name: str, value: object, least: int, otherwise: str = "") -> in
     return int(value)
 
 
-def check_choice(name: str, value: Choice, choices: Sequence[str]) -> Choice:
+def check_choice(
+    name: str,
+    value: Choice,
+    choices: Sequence[str],
+) -> Choice:
     """An argument that must be one of some names.
 
     Args:

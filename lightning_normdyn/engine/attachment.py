@@ -42,7 +42,12 @@ class ReturnCheck:
         weights: of the network.
     """
 
-    def __init__(self, outer: Any, inner: Optimizer, weights: Weights) -> None:
+    def __init__(
+        self,
+        outer: Any,
+        inner: Optimizer,
+        weights: Weights,
+    ) -> None:
         self._outer, self._inner, self._weights = outer, inner, weights
         self._places: list[tuple[Tensor, Tensor]] = []
         self.has_stepped = False

@@ -78,7 +78,12 @@ class NormDynCallback(Rule):
 
     # -- Lightning's hooks
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         """Refuse a Trainer of another package; forget an earlier fit."""
         if not isinstance(trainer, classes("", "Trainer")):
             raise NotSupportedError(
@@ -158,7 +163,12 @@ class NormDynCallback(Rule):
         if self._member is not None:
             self._member.checkpoint_saved()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         """Leave no hook behind."""
         if self._member is not None:
             self._member.let_go()

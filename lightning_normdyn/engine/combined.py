@@ -305,7 +305,11 @@ class Combined:
                 yield plan, plan.vectors.totals(plan.counters[key])
 
 
-def _effect_on(ours: Target, theirs: Target, effect: Effect) -> Effect:
+def _effect_on(
+    ours: Target,
+    theirs: Target,
+    effect: Effect,
+) -> Effect:
     """What ``effect`` on the vectors of ``theirs`` is for those of ``ours``."""
     # What is said of no vector in particular holds for all.
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):

@@ -20,7 +20,11 @@ FABRICS = ("lightning.fabric", "lightning_fabric")
 """What stands below each of `PACKAGES`."""
 
 
-def classes(module: str, name: str, packages: Sequence[str] = PACKAGES) -> tuple[Any, ...]:
+def classes(
+    module: str,
+    name: str,
+    packages: Sequence[str] = PACKAGES,
+) -> tuple[Any, ...]:
     """A class, or a function, of every package that is loaded; ``isinstance`` takes them as they
     are.
 

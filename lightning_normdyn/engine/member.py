@@ -58,13 +58,24 @@ class Member(Protocol):
     def resolve(self, index: int) -> None:
         """Find out which weights of optimizer ``index`` are meant, and act on them from now on."""
 
-    def refuse(self, index: int, error: NormDynError, *, first: bool) -> None:
+    def refuse(
+        self,
+        index: int,
+        error: NormDynError,
+        *,
+        first: bool,
+    ) -> None:
         """Raise ``error`` in the first step; later stop acting, and say so."""
 
     def take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:
         """Weights with these names have come; ``changed`` names belonged to others before."""
 
-    def replace_optimizer(self, index: int, gone: StepBracket | None, new: StepBracket) -> None:
+    def replace_optimizer(
+        self,
+        index: int,
+        gone: StepBracket | None,
+        new: StepBracket,
+    ) -> None:
         """Optimizer ``index`` is another one from now on, or has joined."""
 
     def close(self) -> None:
@@ -76,7 +87,12 @@ class Member(Protocol):
     def effect(self, index: int, target: Target) -> Effect:
         """What is done to ``target`` of optimizer ``index``."""
 
-    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+    def correct_decays(
+        self,
+        plan: Plan,
+        decays: Sequence[Decay],
+        rates: Tensor,
+    ) -> None:
         """Put right what effects can only say of the usual case; see `Worker.correct_decays`."""
 
     def treatments(self, index: int) -> list[str]:

@@ -118,7 +118,11 @@ def guarded(
     return torch.where(are_treated(good, active, skipped), values, neutral), bad | ~good
 
 
-def are_treated(chosen: Tensor, active: Tensor | None, skipped: Tensor | None) -> Tensor:
+def are_treated(
+    chosen: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+) -> Tensor:
     """``chosen``, without vectors that got no gradient, and none where the update is skipped."""
     if active is not None:
         chosen = chosen & active
@@ -428,7 +432,12 @@ class Plan:
         self.counters[key] = self.state(key, 0.0)
         return self.counters[key]
 
-    def count(self, key: str, values: Tensor, step: Step) -> None:
+    def count(
+        self,
+        key: str,
+        values: Tensor,
+        step: Step,
+    ) -> None:
         """Add ``(n,)`` 0/1 values to a `counter`, after the update."""
         # Not now: if this step raises before its update, nothing has happened that could count.
         step.when_updated(partial(self._add, key, values))

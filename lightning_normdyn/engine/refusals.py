@@ -16,7 +16,11 @@ from .messages import named, warn_once
 from .plan import Plan, Target
 
 
-def refuse_copies(name: str, optimizer: Optimizer, targets: Sequence[Target]) -> None:
+def refuse_copies(
+    name: str,
+    optimizer: Optimizer,
+    targets: Sequence[Target],
+) -> None:
     """Refuse to change weights that the optimizer sets back to a copy of its own.
 
     Args:
@@ -68,7 +72,13 @@ def find_zeros(plan: Plan, *, any_vector: bool = False) -> dict[str, int]:
     return zeros
 
 
-def refuse_zeros(name: str, zeros: Mapping[str, int], *, is_error: bool, way_out: str = "") -> None:
+def refuse_zeros(
+    name: str,
+    zeros: Mapping[str, int],
+    *,
+    is_error: bool,
+    way_out: str = "",
+) -> None:
     """Refuse weights that have no length and no direction.
 
     Args:
@@ -121,7 +131,11 @@ def refuse_16_bits(name: str, plan: Plan) -> None:
     )
 
 
-def refuse_rivals(member: Member, weights: Iterable[Tensor], members: Sequence[Member]) -> None:
+def refuse_rivals(
+    member: Member,
+    weights: Iterable[Tensor],
+    members: Sequence[Member],
+) -> None:
     """Refuse two callbacks of one kind on one weight.
 
     Args:
@@ -145,7 +159,11 @@ def refuse_rivals(member: Member, weights: Iterable[Tensor], members: Sequence[M
             )
 
 
-def refuse_clashes(member: Member, weights: Iterable[Tensor], members: Sequence[Member]) -> None:
+def refuse_clashes(
+    member: Member,
+    weights: Iterable[Tensor],
+    members: Sequence[Member],
+) -> None:
     """Refuse two callbacks of different kinds on one weight, if one of them says that they cannot
     share it.
 

@@ -68,7 +68,12 @@ class Rescaler:
             factors under an optimizer that allows one per matrix only.
     """
 
-    def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        session: Session,
+        optimizer_state: str,
+    ) -> None:
         self.plan = plan
         self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
         # With its state kept, a matrix-wise optimizer does not notice what is done to its rows.

@@ -458,7 +458,12 @@ class Guard(Callback):
         """Before any other callback's."""
         self._end()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         """Before any other callback's; where the tuner ends a fit, it is all that is called."""
         self._end()
 

@@ -34,7 +34,12 @@ class Shrinker:
         else:
             self._shrink_rounded(step, factor, self._owed)
 
-    def _shrink_rounded(self, step: Step, factor: Tensor, owed: Tensor) -> None:
+    def _shrink_rounded(
+        self,
+        step: Step,
+        factor: Tensor,
+        owed: Tensor,
+    ) -> None:
         """Where rounding would swallow a factor, it is owed until it matters."""
         scaling = RoundedScaling(self._plan.vectors, factor, owed)
 

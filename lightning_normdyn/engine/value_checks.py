@@ -45,7 +45,11 @@ def require(sound: bool, otherwise: str) -> None:
         raise NormDynError(otherwise)
 
 
-def plain(value: Any, where: str, depth: int = 0) -> None:
+def plain(
+    value: Any,
+    where: str,
+    depth: int = 0,
+) -> None:
     """Anything that a state may consist of: numbers, texts, tensors that lie in memory as they are,
     and lists and dictionaries of these."""
     # A list that contains itself would else end in a RecursionError, which nobody catches.

@@ -124,7 +124,12 @@ class VectorState:
             table.pop(name, None)
 
 
-def _carry(known: _Entry, vectors: WeightVectors, position: int, fresh: Tensor) -> Tensor:
+def _carry(
+    known: _Entry,
+    vectors: WeightVectors,
+    position: int,
+    fresh: Tensor,
+) -> Tensor:
     """State of a weight that splits otherwise than before: as it was for vectors that stayed the
     same (rows that no loss had read have joined), ``fresh`` for the others. A collective."""
     same = vectors.partitions[position].found_in(known.partition)

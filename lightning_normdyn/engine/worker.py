@@ -126,7 +126,12 @@ class Worker(Generic[AnyRule]):
         rank must call it."""
         return [self.treatment(target) for target in self.plan.targets]
 
-    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+    def correct_decays(
+        self,
+        plan: Plan,
+        decays: Sequence[Decay],
+        rates: Tensor,
+    ) -> None:
         """Put right, in this very step, what `effect` can only say of the usual case.
 
         Args:
@@ -172,7 +177,12 @@ class Worker(Generic[AnyRule]):
         )
         plan.on_close(remove)
 
-    def decoupled_decay(self, group: Group, decay: DecayRule, setting: str) -> Number:
+    def decoupled_decay(
+        self,
+        group: Group,
+        decay: DecayRule,
+        setting: str,
+    ) -> Number:
         """λ of a param group as ``decay`` applies it in this step.
 
         Args:

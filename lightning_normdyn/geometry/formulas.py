@@ -60,7 +60,11 @@ def radial(vectors: WeightVectors, before: Operand) -> Sums:
     return Sums(passes.RADIAL, [before, vectors.values_beside(before)])
 
 
-def radial_part_of_step(vectors: WeightVectors, direction: Operand, length: Tensor) -> Sums:
+def radial_part_of_step(
+    vectors: WeightVectors,
+    direction: Operand,
+    length: Tensor,
+) -> Sums:
     """<w, w>, <w, Δ> and <direction, direction> with Δ = ``length * direction``."""
     operands = [direction, vectors.values_beside(direction)]
     return Sums(passes.RADIAL_OF_STEP, operands, [length])

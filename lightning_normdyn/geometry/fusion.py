@@ -111,7 +111,11 @@ def write_source(
     return Source("\n".join([head, *lines]) + "\n", dtypes)
 
 
-def _traced(formula: Formula, sums: int, arguments: Sequence[Any]) -> torch.fx.Graph:
+def _traced(
+    formula: Formula,
+    sums: int,
+    arguments: Sequence[Any],
+) -> torch.fx.Graph:
     """The operations of a formula, on tensors of any length and without numbers."""
     # Here: it brings half a second of imports, which only those need who have a GPU.
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -209,7 +213,11 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
     raise Unfit(f"no program has {target}")
 
 
-def _value(argument: Any, dtype: torch.dtype, names: dict[Node, str]) -> str:
+def _value(
+    argument: Any,
+    dtype: torch.dtype,
+    names: dict[Node, str],
+) -> str:
     if isinstance(argument, Node):
         name = names[argument]
         return name if argument.meta["val"].dtype == dtype else f"{name}.to({_TYPES[dtype]})"
@@ -237,7 +245,11 @@ def _common_dtype(arguments: Sequence[Any]) -> torch.dtype:
     return common
 
 
-def _clamped(value: str, bounds: Sequence[Any], dtype: torch.dtype) -> str:
+def _clamped(
+    value: str,
+    bounds: Sequence[Any],
+    dtype: torch.dtype,
+) -> str:
     """Between bounds that may be None; a NaN stays one."""
     low, high = [*bounds, None, None][:2]
     for bound, beyond in ((low, "<"), (high, ">")):
@@ -249,7 +261,11 @@ def _clamped(value: str, bounds: Sequence[Any], dtype: torch.dtype) -> str:
     return value
 
 
-def _without_nan(value: str, replacements: Sequence[Any], dtype: torch.dtype) -> str:
+def _without_nan(
+    value: str,
+    replacements: Sequence[Any],
+    dtype: torch.dtype,
+) -> str:
     extremes = torch.finfo(dtype)
     defaults = (0.0, extremes.max, extremes.min)
     nan, highest, lowest = (

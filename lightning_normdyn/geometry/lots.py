@@ -57,7 +57,12 @@ class Lot(ABC):
         """The shape of one number per row that broadcasts over a view."""
 
     @abstractmethod
-    def put_back(self, view: Tensor | None, operands: Sequence[Operand], position: int) -> None:
+    def put_back(
+        self,
+        view: Tensor | None,
+        operands: Sequence[Operand],
+        position: int,
+    ) -> None:
         """Make a view that has been changed what ``operands[position]`` holds; a weight that some
         operand has not is passed over."""
 
@@ -124,7 +129,12 @@ class Alone(Lot):
         """See `Lot.form`."""
         return self._piece.form(view)
 
-    def put_back(self, view: Tensor | None, operands: Sequence[Operand], position: int) -> None:
+    def put_back(
+        self,
+        view: Tensor | None,
+        operands: Sequence[Operand],
+        position: int,
+    ) -> None:
         """Nothing: what was changed is the weight."""
 
     def change_(
@@ -205,7 +215,12 @@ class Stack(Lot):
         """See `Lot.form`."""
         return [self.rows, 1]
 
-    def put_back(self, view: Tensor | None, operands: Sequence[Operand], position: int) -> None:
+    def put_back(
+        self,
+        view: Tensor | None,
+        operands: Sequence[Operand],
+        position: int,
+    ) -> None:
         """See `Lot.put_back`."""
         if view is None:
             return
@@ -260,7 +275,11 @@ class Stack(Lot):
         return list(numbers.split_with_sizes(self._sizes))
 
 
-def spread(numbers: Tensor, form: Sequence[int], view: Tensor) -> Tensor:
+def spread(
+    numbers: Tensor,
+    form: Sequence[int],
+    view: Tensor,
+) -> Tensor:
     """One number per row, of the shape ``form`` that broadcasts over a view of them."""
     return numbers.to(view.device, passes.own_precision(view)).view(form)
 

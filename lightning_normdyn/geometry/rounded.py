@@ -9,7 +9,11 @@ from .formulas import squares, work_out
 from .vectors import WeightVectors
 
 
-def scale_rounded_(vectors: WeightVectors, factor: Tensor, owed: Tensor) -> Tensor:
+def scale_rounded_(
+    vectors: WeightVectors,
+    factor: Tensor,
+    owed: Tensor,
+) -> Tensor:
     """Multiply weights in place by factors that rounding would swallow.
 
     A factor too close to 1 to survive rounding is kept in ``owed`` until it matters; what is then
@@ -46,7 +50,11 @@ def scale_rounded_(vectors: WeightVectors, factor: Tensor, owed: Tensor) -> Tens
     return left
 
 
-def wanted_now(factor: Tensor, owed: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+def wanted_now(
+    factor: Tensor,
+    owed: Tensor,
+    rounding: Tensor,
+) -> tuple[Tensor, Tensor]:
     """What is owed with the factor of this step, and what of it is due, 1 where nothing is."""
     owed = owed * factor.to(owed.dtype)
     return owed, torch.where(_is_due(owed, rounding), owed, torch.ones_like(owed))

@@ -60,7 +60,12 @@ def _read_record(record, V: tl.constexpr):
 
 
 @_program
-def _pointer(address, base, T: tl.constexpr, V: tl.constexpr):
+def _pointer(
+    address,
+    base,
+    T: tl.constexpr,
+    V: tl.constexpr,
+):
     pointer = address.to(tl.pointer_type(T))
     if V > 1:
         pointer = tl.multiple_of(pointer, 16)
@@ -71,7 +76,13 @@ def _pointer(address, base, T: tl.constexpr, V: tl.constexpr):
 
 
 @_program
-def _put(place, sums, rows, merged, R: tl.constexpr):
+def _put(
+    place,
+    sums,
+    rows,
+    merged,
+    R: tl.constexpr,
+):
     """The sum of each row to a slot of its own, or all to one slot if the rows are of one
     vector."""
     sums = sums.to(tl.float64)
@@ -178,7 +189,14 @@ def sums(
 
 
 @_program
-def _total(slots, order, low, high, V: tl.constexpr, B: tl.constexpr):
+def _total(
+    slots,
+    order,
+    low,
+    high,
+    V: tl.constexpr,
+    B: tl.constexpr,
+):
     """What the slots ``order[low .. high - 1]`` hold, added up in that order."""
     total = tl.zeros([V, B], dtype=tl.float64)
     for at in range(0, tl.max(high - low, 0), B):
@@ -190,7 +208,17 @@ def _total(slots, order, low, high, V: tl.constexpr, B: tl.constexpr):
 
 
 @_program(do_not_specialize=["S", "n"])
-def combine(slots, S, first, order, n, out, ROOT: tl.constexpr, V: tl.constexpr, B: tl.constexpr):
+def combine(
+    slots,
+    S,
+    first,
+    order,
+    n,
+    out,
+    ROOT: tl.constexpr,
+    V: tl.constexpr,
+    B: tl.constexpr,
+):
     """The sums of every vector, ``(K, n)``, or their square roots."""
     v = tl.program_id(0) * V + tl.arange(0, V)
     k = tl.program_id(1).to(tl.int64)

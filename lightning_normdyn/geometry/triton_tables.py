@@ -108,7 +108,12 @@ class RowTables:
         Unfit: for what `refusal` names, and for rows that lie too far apart.
     """
 
-    def __init__(self, index: RowIndex, weights: Sequence[Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        index: RowIndex,
+        weights: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
         reason = refusal(weights)
         if reason is not None:
             raise Unfit(reason)
@@ -245,7 +250,13 @@ class Addresses:
         return host.to(self._device, non_blocking=True)
 
 
-def _laid_out(tensor: Tensor, layout: Layout, copies: list[Tensor], *, written: bool) -> Tensor:
+def _laid_out(
+    tensor: Tensor,
+    layout: Layout,
+    copies: list[Tensor],
+    *,
+    written: bool,
+) -> Tensor:
     """The tensor itself if it has this layout, else a copy that has."""
     shape, stride, dtype = layout
     if tensor.dtype is dtype and tensor.shape == shape and _same_steps(tensor, stride):
@@ -303,7 +314,13 @@ class _Block:
     labels: Array
     entries: list[Dim]
 
-    def programs(self, weight: int, row: int, slot: int, wide: int) -> tuple[Array, Array]:
+    def programs(
+        self,
+        weight: int,
+        row: int,
+        slot: int,
+        wide: int,
+    ) -> tuple[Array, Array]:
         """Their records, and the vector that each of their slots belongs to.
 
         Args:
@@ -353,7 +370,13 @@ class _Block:
         table[:, 9] = slot + (at // per_part) * len(self.labels) + r
         return table, np.tile(self.labels, len(starts))
 
-    def _kind(self, run: int, inner: int, outer: int, wide: int) -> int:
+    def _kind(
+        self,
+        run: int,
+        inner: int,
+        outer: int,
+        wide: int,
+    ) -> int:
         if self.step == 1 and inner != 1:
             return COLUMNS
         if run < SHORT_RUN:

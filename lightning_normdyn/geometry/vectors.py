@@ -381,11 +381,21 @@ class WeightVectors(Reduction):
         changed = self.values() if tensors is None else tensors
         self._kernels.add_scaled_(changed, coefficient, source)
 
-    def scale_and_add_(self, factor: Tensor, coefficient: Tensor, source: Operand) -> None:
+    def scale_and_add_(
+        self,
+        factor: Tensor,
+        coefficient: Tensor,
+        source: Operand,
+    ) -> None:
         """`scale_` the weights, then `add_scaled_`; None in ``source``: passed over."""
         self._kernels.scale_and_add_(self.values_beside(source), factor, coefficient, source)
 
-    def stretch_(self, before: Operand, stretch: Tensor, scale: Tensor) -> None:
+    def stretch_(
+        self,
+        before: Operand,
+        stretch: Tensor,
+        scale: Tensor,
+    ) -> None:
         """Stretch the step since ``before``, and scale what it ends at, in place:
         `lightning_normdyn.steering.stretch_step`.
 

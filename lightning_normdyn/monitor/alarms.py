@@ -113,7 +113,12 @@ class Alarms:
             f"2.",
         )
 
-    def not_finite(self, names: Sequence[str], step: int, row: Mapping[str, float]) -> None:
+    def not_finite(
+        self,
+        names: Sequence[str],
+        step: int,
+        row: Mapping[str, float],
+    ) -> None:
         """A run has diverged: its losses may be averaged away, and curves that end are easily
         overlooked."""
         first = names[0]
@@ -161,7 +166,12 @@ class Alarms:
         taken = self._trainer.global_step / max(1, len(self._trainer.optimizers))
         return steps <= planned - taken
 
-    def _say(self, title: str, name: str, text: str) -> None:
+    def _say(
+        self,
+        title: str,
+        name: str,
+        text: str,
+    ) -> None:
         """Once per weight and kind of trouble; without a name, once for all weights."""
         if (title, name) in self._said:
             return
@@ -177,7 +187,11 @@ class Alarms:
 # ------------------------------------------------------------------------------- vectors that decay
 
 
-def known_fall(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects) -> float | None:
+def known_fall(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+) -> float | None:
     """-d ln‖w‖ per step of a vector without gradient, as the optimizer's decay has it; None where
     no theory tells it, so that it has to be measured.
 
@@ -282,7 +296,11 @@ def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> floa
 # ------------------------------------------------------------------------------- decay that is idle
 
 
-def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) -> str | None:
+def idle_decay(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    steps: float,
+) -> str | None:
     """A sentence about a decay that cannot act within a run of ``steps`` optimizer steps; None
     where there is nothing to say.
 

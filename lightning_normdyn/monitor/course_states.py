@@ -29,7 +29,12 @@ class OfOne(Mapping[str, Any]):
     # One object for each weight of every row, where a dict of lists would be eight.
     __slots__ = ("_place", "_whole", "shared")
 
-    def __init__(self, whole: Mapping[str, Any], shared: tuple[Any, ...], place: int) -> None:
+    def __init__(
+        self,
+        whole: Mapping[str, Any],
+        shared: tuple[Any, ...],
+        place: int,
+    ) -> None:
         self._whole, self.shared, self._place = whole, shared, place
 
     def __getitem__(self, key: str) -> Any:

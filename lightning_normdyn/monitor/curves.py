@@ -112,7 +112,11 @@ def rates_followed(history: History) -> list[str]:
     return [rate for rate in rates if rate in followed] or rates[:1]
 
 
-def pictured(history: History, place: Place, named: Sequence[str] | None = None) -> list[str]:
+def pictured(
+    history: History,
+    place: Place,
+    named: Sequence[str] | None = None,
+) -> list[str]:
     """The quantities of a place that a history has, in the table's order.
 
     Args:
@@ -229,7 +233,11 @@ def _median(values: Doubles) -> float:
     return float(np.median(finite))
 
 
-def farthest(curves: Curves, scale: str, count: int) -> list[str]:
+def farthest(
+    curves: Curves,
+    scale: str,
+    count: int,
+) -> list[str]:
     """The ``count`` layers that are farthest from the others at the end, the farthest first; fewer
     where the rest lie on each other."""
     far = deviations(curves, scale)

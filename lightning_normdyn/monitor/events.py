@@ -83,7 +83,11 @@ def _drop_in_words(history: History, step: int) -> str:
     return "LR drop"
 
 
-def _drop_of(history: History, name: str, step: int) -> float | None:
+def _drop_of(
+    history: History,
+    name: str,
+    step: int,
+) -> float | None:
     """The learning rate of a weight before a step over the one from it on."""
     rates = {}
     steps, effective = history.curve(f"effective_lr/{name}")

@@ -366,7 +366,11 @@ def _energy(
     return fmean(energies) if energies else None
 
 
-def _turning(name: str, shown: _Shown, peak_lr: float) -> Turning:
+def _turning(
+    name: str,
+    shown: _Shown,
+    peak_lr: float,
+) -> Turning:
     span = shown.span
     return Turning(
         name,

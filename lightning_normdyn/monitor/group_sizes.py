@@ -164,7 +164,12 @@ class _Sizes(NamedTuple):
     balanced: float
 
 
-def _sizes_of(gauge: StepGauge, target: Target, newest: Point, window: BalanceWindow) -> _Sizes:
+def _sizes_of(
+    gauge: StepGauge,
+    target: Target,
+    newest: Point,
+    window: BalanceWindow,
+) -> _Sizes:
     entries = gauge.entries[target.name]
     # Rounding alone turns a weight of 16 bits by 2.5e-3 in a step.
     if target.weight.dtype in (torch.bfloat16, torch.float16):
@@ -195,7 +200,11 @@ def _energy(points: Sequence[Point]) -> float:
     return fmean(known) if known else nan
 
 
-def _energy_of_noise(gauge: StepGauge, target: Target, entries: int) -> float:
+def _energy_of_noise(
+    gauge: StepGauge,
+    target: Target,
+    entries: int,
+) -> float:
     (group,) = gauge.plan.groups_of([target])
     kind = class_for_predictions(gauge.plan.optimizer)
     response = own_response(kind, group, Subject(target.matrix))
@@ -208,7 +217,11 @@ def _energy_of_noise(gauge: StepGauge, target: Target, entries: int) -> float:
     return float(energy[0])
 
 
-def _row(group: str, kind: str, sizes: Sequence[_Sizes]) -> GroupSizes:
+def _row(
+    group: str,
+    kind: str,
+    sizes: Sequence[_Sizes],
+) -> GroupSizes:
     entries, norms, energies, of_noise, angles, balanced = zip(*sizes, strict=True)
     return GroupSizes(
         group,

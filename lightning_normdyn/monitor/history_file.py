@@ -112,7 +112,12 @@ class _Packed(NamedTuple):
     header: dict[str, Any]
     arrays: Mapping[str, NDArray[Any]]
 
-    def array(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    def array(
+        self,
+        name: str,
+        dtype: type,
+        shape: tuple[int | None, ...],
+    ) -> NDArray[Any]:
         """An array of this type and shape; None stands for any size."""
         require(name in self.arrays, f"`{name}` is missing")
         array = self.arrays[name]

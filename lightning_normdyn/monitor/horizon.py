@@ -87,7 +87,12 @@ def horizon_of(trainer: Trainer, optimizers: int = 1) -> Horizon:
     return Horizon(steps, per_epoch or None, done > 0, accumulates)
 
 
-def _total_steps(trainer: Trainer, optimizers: int, *, has_data: bool) -> int | None:
+def _total_steps(
+    trainer: Trainer,
+    optimizers: int,
+    *,
+    has_data: bool,
+) -> int | None:
     """Steps of each optimizer from the first of the run on."""
     limit = trainer.max_steps
     total: float = limit

@@ -28,7 +28,11 @@ def can_interact() -> bool:
     return find_spec("plotly") is not None
 
 
-def interactive_curves(history: History, name: str, most: int) -> Figure:
+def interactive_curves(
+    history: History,
+    name: str,
+    most: int,
+) -> Figure:
     """The curves of a quantity, one per layer in the order of the network, coloured by depth, with
     what belongs to them dashed.
 

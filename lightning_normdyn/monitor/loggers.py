@@ -61,7 +61,12 @@ class Publisher:
         """All numbers of a logging step, in one call."""
         self.logger.log_metrics(dict(values), step=step)
 
-    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
+    def about(
+        self,
+        about: Mapping[str, Any],
+        label: str,
+        step: int,
+    ) -> None:
         """What this run consists of: the callbacks' settings and the table of targets."""
 
     def invitation(self) -> str:
@@ -120,7 +125,12 @@ class WandbPublisher(Publisher):
         }
         self.logger.log_metrics({**values, **shown}, step=step)
 
-    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
+    def about(
+        self,
+        about: Mapping[str, Any],
+        label: str,
+        step: int,
+    ) -> None:
         """Settings under ``normdyn`` in the run's config, facts about the weights as a table: a
         config of hundreds of weights would hide the settings that runs are compared by."""
         # A resumed run may have other settings, and without the flag W&B refuses to change any.
@@ -228,7 +238,12 @@ class TensorBoardPublisher(Publisher):
                 global_step=step,
             )
 
-    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
+    def about(
+        self,
+        about: Mapping[str, Any],
+        label: str,
+        step: int,
+    ) -> None:
         """As text: TensorBoard's hyperparameters bring a metric ``hp_metric`` that nobody asked
         for."""
         lines = []
@@ -260,7 +275,12 @@ class MLflowPublisher(Publisher):
 
     shows_pictures = True
 
-    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
+    def about(
+        self,
+        about: Mapping[str, Any],
+        label: str,
+        step: int,
+    ) -> None:
         """A parameter of an MLflow run never changes; a resumed run keeps those of its start."""
         client = self.logger.experiment
         run = self.logger.run_id
@@ -407,7 +427,11 @@ def invitations(loggers: Iterable[Logger]) -> list[str]:
     return [text for text in texts if text]
 
 
-def publish_history(loggers: Iterable[Logger], history: History, files: HistoryFiles) -> None:
+def publish_history(
+    loggers: Iterable[Logger],
+    history: History,
+    files: HistoryFiles,
+) -> None:
     """Write the history beside each logger's own files; what stood there of this fit is replaced.
 
     Args:
@@ -447,7 +471,11 @@ def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
     _tell(loggers, "pictures and tables", lambda publisher: publisher.outcome(outcome))
 
 
-def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
+def publish_alert(
+    loggers: Iterable[Logger],
+    title: str,
+    text: str,
+) -> None:
     """Tell a person now, where a logger can."""
     # Only W&B has alerts; the others' method does nothing.
     _tell(loggers, "an alert", lambda publisher: publisher.alert(title, text))
@@ -459,7 +487,11 @@ def can_show_histograms(loggers: Iterable[Logger]) -> bool:
     return any(publisher.shows_histograms for publisher in publishers(loggers))
 
 
-def _tell(loggers: Iterable[Logger], what: str, tell: Callable[[Publisher], None]) -> None:
+def _tell(
+    loggers: Iterable[Logger],
+    what: str,
+    tell: Callable[[Publisher], None],
+) -> None:
     """Call ``tell`` with the publisher of each logger. A picture that cannot be drawn or sent is no
     reason to end a training run: say so and go on."""
     for publisher in publishers(loggers):

@@ -194,7 +194,11 @@ def _known_of(quantities: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in quantities.items() if isfinite(value)}
 
 
-def _of_span(span: Span, point: Point, noise_coherence: float | None) -> dict[str, float]:
+def _of_span(
+    span: Span,
+    point: Point,
+    noise_coherence: float | None,
+) -> dict[str, float]:
     kappa = span.coherence
     shown = {"coherence": kappa, "balance_ratio": span.ratio}
     if point.pull > 0:

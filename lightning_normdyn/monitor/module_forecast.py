@@ -104,7 +104,11 @@ class _Claim(NamedTuple):
     shape: Shape
 
 
-def _trainer(module: Any, package: str, steps: int) -> Trainer:
+def _trainer(
+    module: Any,
+    package: str,
+    steps: int,
+) -> Trainer:
     (kind,) = classes("", "Trainer", (package,))
     # What hardware there is does not matter here, and Lightning would tell.
     log = logging.getLogger(package)

@@ -212,7 +212,11 @@ def as_text(
     return table + rest + _clamps_in_words(clamped) + losses + closing
 
 
-def _where_all_are(count: int, left_out: int, places: Sequence[str]) -> str:
+def _where_all_are(
+    count: int,
+    left_out: int,
+    places: Sequence[str],
+) -> str:
     """Where a person sees every weight, of a table that shows the most abnormal ones.
 
     Args:

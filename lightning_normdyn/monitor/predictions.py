@@ -132,7 +132,11 @@ def relaxation_power(
     return power + (effects.shrink is not None)
 
 
-def _decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Decay:
+def _decay(
+    effects: Effects,
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+) -> Decay:
     """Who decays the weight, and by how much."""
     rules = effects.decay_rules
     return decay_of(optimizer, group, rules, highest_claim(rules))
@@ -293,7 +297,12 @@ class Predictor:
             self._at_rate[key] = {**self._groups[place], "lr": lr}
         return self._at_rate[key]
 
-    def _balance(self, place: int, lr: float, effects: Effects) -> dict[str, Any] | None:
+    def _balance(
+        self,
+        place: int,
+        lr: float,
+        effects: Effects,
+    ) -> dict[str, Any] | None:
         key = (place, lr, effects)
         if key not in self._balances:
             self._balances[key] = balance(effects, self._optimizer, self._group(place, lr))

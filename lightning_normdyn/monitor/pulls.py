@@ -54,7 +54,11 @@ class Strength(NamedTuple):
         return lr * (self.rate + shrink) + self.per_step
 
 
-def strength_of(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects) -> Strength:
+def strength_of(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+) -> Strength:
     """What decays a weight, under everything that callbacks do to it.
 
     Args:

@@ -515,7 +515,12 @@ def drawn_with(name: str) -> list[str]:
     return [name, *(q.name for q in QUANTITIES.values() if q.drawn_with == name)]
 
 
-def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool) -> list[str]:
+def to_measure(
+    names: Sequence[str] | None,
+    *,
+    standardized: bool,
+    shrunk: bool,
+) -> list[str]:
     """The quantities with a formula that are measured of the weights of one optimizer.
 
     Args:

@@ -58,7 +58,12 @@ class Recording(Part[Any]):
             checkpoint finds the state before a row or the one after it.
     """
 
-    def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
+    def __init__(
+        self,
+        rule: Any,
+        worker: type[Worker[Any]],
+        session: Session,
+    ) -> None:
         super().__init__(rule, worker, session)
         self.trainer = session.trainer
         self.clock = session.clock
@@ -191,7 +196,12 @@ class Recording(Part[Any]):
         # row is one without these results.
         return self._with_row(lasting, sent, draft.ledger)
 
-    def _with_row(self, ledger: Ledger, sent: Sent, without: Ledger | None = None) -> RowDraft:
+    def _with_row(
+        self,
+        ledger: Ledger,
+        sent: Sent,
+        without: Ledger | None = None,
+    ) -> RowDraft:
         """`_drafted` for the results that were due; for all of them with ``without`` as what
         lasts of them."""
         draft = RowDraft(ledger, sent, self.alarms)
@@ -202,7 +212,12 @@ class Recording(Part[Any]):
             draft.ledger = self._recorded(draft.ledger, draft.row, without)
         return draft
 
-    def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
+    def _recorded(
+        self,
+        ledger: Ledger,
+        row: Row,
+        without: Ledger | None = None,
+    ) -> Ledger:
         """The ledger with the row, which on rank zero is in the history too; with ``without`` as
         what lasts if the run goes on."""
         if self.trainer.is_global_zero:

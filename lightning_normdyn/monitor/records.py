@@ -106,7 +106,12 @@ class ThinnedList:
         size: size of one record's content.
     """
 
-    def __init__(self, capacity: int, max_kinds: int, size: Callable[[Any], int] = _one) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        max_kinds: int,
+        size: Callable[[Any], int] = _one,
+    ) -> None:
         self.capacity = capacity
         self.max_kinds = max_kinds
         self.records: list[Record] = []
@@ -121,7 +126,12 @@ class ThinnedList:
         """The record that was appended last."""
         return self.records[-1] if self.records else None
 
-    def append(self, step: int, kind: str, content: Any) -> None:
+    def append(
+        self,
+        step: int,
+        kind: str,
+        content: Any,
+    ) -> None:
         """Add a record behind all others."""
         if kind not in self.counts and len(self.counts) >= self.max_kinds:
             kind = _OTHER

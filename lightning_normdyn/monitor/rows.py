@@ -91,7 +91,12 @@ class RowDraft:
         concerns: warnings to give, each as a function to call.
     """
 
-    def __init__(self, ledger: Ledger, sent: Sent, alarms: Alarms) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        sent: Sent,
+        alarms: Alarms,
+    ) -> None:
         self.ledger = ledger
         self.row: Row | None = None
         self.histograms: dict[str, Histogram] = {}
@@ -267,7 +272,12 @@ class RowDraft:
             has_plain_rate(result.plan.optimizer),
         )
 
-    def _add_balances(self, result: Measured, reading: Reading, interval: Interval) -> None:
+    def _add_balances(
+        self,
+        result: Measured,
+        reading: Reading,
+        interval: Interval,
+    ) -> None:
         """Extend the window of each weight, and add what it shows."""
         strengths = _Strengths(result, interval)
         has_jumped = result.plan.index in self.ledger.new_jumps(self._sent.marked)
@@ -459,7 +469,11 @@ def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
     return compared
 
 
-def _from_expectation(measured: float, angle: float, norm: float) -> dict[str, float]:
+def _from_expectation(
+    measured: float,
+    angle: float,
+    norm: float,
+) -> dict[str, float]:
     """The quantities that compare a measured angular update with what was expected."""
     compared = {}
     for quantity in QUANTITIES.values():

@@ -144,7 +144,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _of_parts(history: History, key: str, power: int) -> list[float | None]:
+def _of_parts(
+    history: History,
+    key: str,
+    power: int,
+) -> list[float | None]:
     """The power mean of a curve over each part of the run; None where it has no number."""
     steps, values = history.curve(key)
     # The run ends with its last row, whether this curve is in it or not.
@@ -162,7 +166,12 @@ def _of_parts(history: History, key: str, power: int) -> list[float | None]:
     return means
 
 
-def _ratios(run: History, other: History, key: str, power: int) -> Ratios:
+def _ratios(
+    run: History,
+    other: History,
+    key: str,
+    power: int,
+) -> Ratios:
     """The power means of a curve over those of another run, part by part."""
     these = _of_parts(run, key, power)
     those = _of_parts(other, key, power)
@@ -216,7 +225,11 @@ def _shown(ratio: float | None) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.3g}"
 
 
-def as_text(title: str, ratios: RunRatios, width: int | None = None) -> str:
+def as_text(
+    title: str,
+    ratios: RunRatios,
+    width: int | None = None,
+) -> str:
     """The table in a terminal, the weights that differ most first.
 
     Args:

@@ -92,7 +92,11 @@ class Course:
         return -inf
 
 
-def _differs(pull: float, other: float, share: float) -> bool:
+def _differs(
+    pull: float,
+    other: float,
+    share: float,
+) -> bool:
     return abs(pull / other - 1) > share
 
 
@@ -124,7 +128,12 @@ class _Curves(NamedTuple):
     expected: Doubles
 
 
-def judge(history: History, name: str, course: Course, grounds: Grounds = Grounds()) -> Finding:
+def judge(
+    history: History,
+    name: str,
+    course: Course,
+    grounds: Grounds = Grounds(),
+) -> Finding:
     """What a person should read from the curves of weight ``name``.
 
     Args:
@@ -172,7 +181,11 @@ def judge(history: History, name: str, course: Course, grounds: Grounds = Ground
     )
 
 
-def norm_has_settled(history: History, name: str, course: Course) -> bool:
+def norm_has_settled(
+    history: History,
+    name: str,
+    course: Course,
+) -> bool:
     """Whether the norm of a weight stands still, judged by its drift alone, whatever its angle."""
     curves = _in_optimizer_steps(_curves(history, name), course)
     prediction = course.latest
@@ -278,7 +291,11 @@ def _drift(curves: _Curves, course: Course) -> float:
     return drift
 
 
-def _ratio(angles: Doubles, foreseen: Doubles, recent: NDArray[np.bool_]) -> float | None:
+def _ratio(
+    angles: Doubles,
+    foreseen: Doubles,
+    recent: NDArray[np.bool_],
+) -> float | None:
     """Measured over foreseen angle, as root mean squares; None where nothing is foreseen."""
     # Over the same rows: an angle that nothing was foreseen for belongs to neither mean.
     known = recent & (foreseen > 0)

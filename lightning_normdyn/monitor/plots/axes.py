@@ -143,7 +143,12 @@ def depth_colours(count: int) -> list[Any]:
     return [colormaps["viridis"](position) for position in positions[:count]]
 
 
-def draw_curve(ax: Axes, steps: Sequence[Any] | NDArray[Any], values: Any, **style: Any) -> None:
+def draw_curve(
+    ax: Axes,
+    steps: Sequence[Any] | NDArray[Any],
+    values: Any,
+    **style: Any,
+) -> None:
     """One line, with its label as it stands."""
     # A line through a single point is invisible.
     style.setdefault("marker", "o" if len(steps) == 1 else None)
@@ -178,7 +183,12 @@ def drawn_as(quantity: str) -> Quantity:
     return Quantity(quantity, title=label, meaning="", symbol=label)
 
 
-def finish(ax: Axes, quantity: str, values: NDArray[Any], limits: Limits | None = None) -> None:
+def finish(
+    ax: Axes,
+    quantity: str,
+    values: NDArray[Any],
+    limits: Limits | None = None,
+) -> None:
     """Give the axes the scale, labels and grid of a quantity.
 
     Args:
@@ -223,7 +233,11 @@ def add_grid(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
+def plain_log_ticks(
+    axis: Axis,
+    low: float,
+    high: float,
+) -> None:
     """On a log axis that spans little, ticks such as 0.5, 1, 2 in place of powers of ten that
     hardly occur; 0.1 in place of 10⁻¹."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -281,7 +295,11 @@ def mark_events(ax: Axes, history: History) -> None:
             _label_events(ax, told, colour)
 
 
-def _label_events(ax: Axes, told: Happenings, colour: str) -> None:
+def _label_events(
+    ax: Axes,
+    told: Happenings,
+    colour: str,
+) -> None:
     """The label of each event at the top of its line."""
     for step, label in zip(told.steps, told.labels, strict=True):
         if not label:
@@ -306,7 +324,12 @@ def _label_events(ax: Axes, told: Happenings, colour: str) -> None:
 # ------------------------------------------------------------------------------- names at curves
 
 
-def label_ends(ax: Axes, curves: Curves, names: Sequence[str], labels: Sequence[str]) -> None:
+def label_ends(
+    ax: Axes,
+    curves: Curves,
+    names: Sequence[str],
+    labels: Sequence[str],
+) -> None:
     """Name some of the curves at their ends.
 
     Args:

@@ -150,7 +150,11 @@ def abnormal_rows(curves: Curves, scale: str) -> list[int]:
     return [places[name] for name in names if far[name] > _ABNORMAL[scale]]
 
 
-def named_rows(count: int, abnormal: Sequence[int], room: int) -> list[int]:
+def named_rows(
+    count: int,
+    abnormal: Sequence[int],
+    room: int,
+) -> list[int]:
     """Which of ``count`` rows are named: the abnormal ones, and of the others as many as have room
     beside them, evenly spaced."""
     every = ceil(count / room)

@@ -170,7 +170,11 @@ def plot_angular_update(
     return fig, ax
 
 
-def _name_extreme(ax: Axes, curves: Curves, extreme: Sequence[str]) -> None:
+def _name_extreme(
+    ax: Axes,
+    curves: Curves,
+    extreme: Sequence[str],
+) -> None:
     """Names at the ends of the curves of these layers."""
     labels = dict(zip(curves, layer_labels(list(curves)), strict=True))
     label_ends(ax, curves, extreme, [labels[name] for name in extreme])
@@ -295,7 +299,12 @@ def _draw_bundle(
             labelled.add(label)
 
 
-def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves, extreme: Sequence[str]) -> None:
+def _draw_by_depth(
+    fig: Figure,
+    ax: Axes,
+    curves: Curves,
+    extreme: Sequence[str],
+) -> None:
     """One line for each layer; of many, the extreme ones bold, and names of depths at the bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
@@ -330,7 +339,12 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves, extreme: Sequence[str]
     bar.ax.invert_yaxis()
 
 
-def _draw_behind(ax: Axes, curves: Curves, beside: Curves, quantity: str) -> list[Floats]:
+def _draw_behind(
+    ax: Axes,
+    curves: Curves,
+    beside: Curves,
+    quantity: str,
+) -> list[Floats]:
     """What belongs to the curves of `_draw_by_depth`, as thin lines of the same colours behind
     them, with one entry in the legend; returns the values."""
     drawn: list[Floats] = []

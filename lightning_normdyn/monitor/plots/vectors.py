@@ -199,7 +199,11 @@ def _density(values: Doubles, grid: Doubles) -> Doubles:
     return np.asarray(density / (density.max() or 1.0))
 
 
-def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
+def _mark_events_at_right(
+    ax: Axes,
+    history: History,
+    name: str,
+) -> None:
     """Horizontal lines at the steps of the events: short ones, but for a drop of the learning rate,
     which concerns every weight."""
     handles = []

@@ -42,7 +42,11 @@ _STRETCHES = 8
 _NAMED_ROWS = 32
 
 
-def run_data(history: History, layers: Sequence[str], limits: Limits) -> dict[str, Any]:
+def run_data(
+    history: History,
+    layers: Sequence[str],
+    limits: Limits,
+) -> dict[str, Any]:
     """All that the charts of one run need.
 
     Args:
@@ -220,7 +224,11 @@ def _evenly(count: int, most: int) -> Any:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _chart(kind: str, quantity: str, limits: Sequence[float] | None) -> Chart:
+def _chart(
+    kind: str,
+    quantity: str,
+    limits: Sequence[float] | None,
+) -> Chart:
     look = drawn_as(quantity)
     return {
         "kind": kind,

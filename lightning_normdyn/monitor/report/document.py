@@ -17,7 +17,13 @@ from markupsafe import Markup
 _FOLDER = Path(__file__).parent
 
 
-def rendered(template: str, *, interactive: bool, data: object = None, **values: Any) -> str:
+def rendered(
+    template: str,
+    *,
+    interactive: bool,
+    data: object = None,
+    **values: Any,
+) -> str:
     """The text of a template beside this file, every value escaped.
 
     Args:

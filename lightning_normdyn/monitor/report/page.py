@@ -183,7 +183,11 @@ def _rows(
     return rows
 
 
-def _first_of_all(history: History, layers: Sequence[LayerSummary], number: int) -> dict[str, Any]:
+def _first_of_all(
+    history: History,
+    layers: Sequence[LayerSummary],
+    number: int,
+) -> dict[str, Any]:
     """What stands on top of the page about one run: a sentence about all layers, and the ones to
     look at."""
     places = {layer.name: place for place, layer in enumerate(layers)}

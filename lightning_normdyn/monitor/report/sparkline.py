@@ -55,7 +55,11 @@ class Sparkline(NamedTuple):
     last: int
 
 
-def sparkline(history: History, name: str, others: Sequence[str]) -> Sparkline | None:
+def sparkline(
+    history: History,
+    name: str,
+    others: Sequence[str],
+) -> Sparkline | None:
     """The angles of a layer, logarithmic, beside what is expected and the median of other layers;
     None where nothing of it can be drawn.
 

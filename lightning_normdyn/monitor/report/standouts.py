@@ -155,7 +155,11 @@ def _standout(
     )
 
 
-def _facts(layer: LayerSummary, beside: float | None, alike: Sequence[LayerSummary]) -> list[str]:
+def _facts(
+    layer: LayerSummary,
+    beside: float | None,
+    alike: Sequence[LayerSummary],
+) -> list[str]:
     """Numbers of a layer over those of the median layer, in words."""
     ratios = {
         "angle": beside,

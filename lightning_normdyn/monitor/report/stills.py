@@ -53,7 +53,11 @@ def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> 
             yield _picture(fig, f"{quantity} of {', '.join(recorded)}")
 
 
-def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Picture]:
+def pictures_of(
+    label: str,
+    history: History,
+    limits: Limits,
+) -> Iterator[Picture]:
     """The curves, heat maps and the ridge of one run, as far as it recorded them."""
     for quantity in pictured(history, "curves"):
         fig, _ = plot_curves(history, quantity, limits=limits[quantity])

@@ -149,7 +149,12 @@ def _by_layer(history: History, names: Sequence[str]) -> dict[str, Recorded]:
     return by_layer
 
 
-def _summary(label: str, name: str, recorded: Recorded, notes: Mapping[str, Any]) -> LayerSummary:
+def _summary(
+    label: str,
+    name: str,
+    recorded: Recorded,
+    notes: Mapping[str, Any],
+) -> LayerSummary:
     def values(quantity: str) -> Floats:
         return recorded[quantity][1]
 
@@ -199,7 +204,11 @@ def _late_ratio(recorded: Recorded, foreseen: str) -> float | None:
     return _root_mean_square(measured[both]) / _root_mean_square(other[both])
 
 
-def _verdict(of_monitor: object, now: float | None, ratio: float | None) -> str:
+def _verdict(
+    of_monitor: object,
+    now: float | None,
+    ratio: float | None,
+) -> str:
     """The monitor's, which knows more than the curves do; else how the angular update compares with
     what is expected now, or with its prediction."""
     if isinstance(of_monitor, str) and of_monitor not in ("", "-"):

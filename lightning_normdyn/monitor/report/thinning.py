@@ -10,7 +10,11 @@ import numpy as np
 from lightning_normdyn.monitor.records import Floats, Ints
 
 
-def thinned(steps: Ints, values: Floats, most: int) -> tuple[Ints, Floats]:
+def thinned(
+    steps: Ints,
+    values: Floats,
+    most: int,
+) -> tuple[Ints, Floats]:
     """At most ``most`` points of a curve: the smallest and the largest of each stretch, the first
     and the last.
 
