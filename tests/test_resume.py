@@ -217,10 +217,10 @@ def settled(meta: dict[str, Any]) -> dict[str, Any]:
     saved within the end of that very batch does not know yet. A forecast is of the steps of its
     own fit, and is made once its first row has arrived."""
     moving = ("verdict", "finding", "ratio", "treated")
+    # Left out and not emptied: which of them comes first depends on when each was known.
+    lasting = {key: value for key, value in meta.items() if key not in ("forecast", "groups")}
     return {
-        **meta,
-        "forecast": None,
-        "groups": None,
+        **lasting,
         "targets": {
             n: {k: v for k, v in t.items() if k not in moving}
             for n, t in meta.get("targets", {}).items()
