@@ -25,6 +25,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.ledger import Ledger
 
 
 class Counts(TorchDispatchMode):
@@ -119,11 +120,19 @@ def soak(steps: tuple[int, ...]) -> Looks:
     return look
 
 
+def short_histories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Histories of 16 rows at most, which are full, and thinned again, within a short run."""
+    short = partial(History, 16, max_vector_bytes=2**12)
+    # A new fit's ledger makes one, and so does a ledger that is read from a checkpoint.
+    monkeypatch.setattr("lightning_normdyn.monitor.ledger.History", short)
+    monkeypatch.setattr(
+        "lightning_normdyn.monitor.recording.Ledger", lambda: Ledger(history=short())
+    )
+
+
 @pytest.mark.slow
 def test_once_histories_are_full_nothing_grows(monkeypatch):
-    monkeypatch.setattr(
-        "lightning_normdyn.monitor.ledger.History", partial(History, 16, max_vector_bytes=2**12)
-    )
+    short_histories(monkeypatch)
     look = soak(
         (150, 210, 270)
     )  # multiples of 3 and of half the epochs: the same rules act in each of these steps
@@ -136,9 +145,7 @@ def test_once_histories_are_full_nothing_grows(monkeypatch):
 @pytest.mark.slow
 def test_a_replay_costs_at_its_end_what_it_cost_at_its_beginning(monkeypatch, tmp_path):
     record(tmp_path / "recorded.npz", 90)
-    monkeypatch.setattr(
-        "lightning_normdyn.monitor.ledger.History", partial(History, 16, max_vector_bytes=2**12)
-    )
+    short_histories(monkeypatch)
     look = soak_replay((50, 70, 90), tmp_path / "recorded.npz")
     assert look.operations[1] == look.operations[2]
     assert look.sizes[1] <= look.sizes[0] + 64
