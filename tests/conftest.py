@@ -121,8 +121,18 @@ def arrival(request, monkeypatch):
         monkeypatch.setattr(HostCopy, "arrives_later", True)
 
 
+@pytest.fixture(scope="module")
+def _no_settings_left():
+    # W&B keeps the settings of its first use in a process, and the examples' tests use it as a
+    # person would who is logged in.
+    import wandb
+
+    wandb.finish()
+    wandb.teardown()
+
+
 @pytest.fixture
-def _no_run_left(monkeypatch):
+def _no_run_left(monkeypatch, _no_settings_left):
     # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
     # would report its use to its makers.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -174,12 +174,9 @@ class Memory(Logger):
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
+def full(tmp_path_factory, _no_settings_left):
     """One run with everything switched on, shared because starting W&B takes seconds."""
     folder = tmp_path_factory.mktemp("full")
-    # W&B keeps the settings of its first use in a process, and a run that nobody finished.
-    wandb.finish()
-    wandb.teardown()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(folder))
