@@ -1273,6 +1273,74 @@ PYTHON = (
 )
 
 
+# ----------------------------------------------------------------------------- a fit's start and end
+
+
+def short_fit(layers: int, callbacks: Sequence[NormDynCallback]) -> float:
+    """Seconds of CPU of a whole fit of two steps, tables included."""
+    torch.manual_seed(0)
+    module = Trained(many_layers(layers), torch.randn(16, 8, device="cpu"))
+    began = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = L.Trainer(
+            max_steps=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module)
+    return time.process_time() - began
+
+
+class Trained(L.LightningModule):
+    """A network of many layers, and its data."""
+
+    def __init__(self, net: nn.Module, data: Tensor) -> None:
+        super().__init__()
+        self.net, self.data = net, data
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return loss_of_squares(self.net, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(self.data, batch_size=8)  # type: ignore[arg-type]
+
+
+def start_and_end(quick: bool) -> str:
+    """Section: what a fit of two steps costs whole, by its number of layers."""
+    counts, rounds = ([10, 20], 1) if quick else ([100, 400, 1000], 5)
+    # CPU seconds count what a second thread spends waiting, too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    short_fit(10, [AdaptiveWeightShrink(1e-2), monitor(1)])  # what happens once per process
+    rows, beyond = [], {}
+    for layers in counts:
+        plain, ours = [], []
+        for _ in range(rounds):
+            plain.append(short_fit(layers, []))
+            ours.append(short_fit(layers, [AdaptiveWeightShrink(1e-2), monitor(1)]))
+        differences = [o - p for o, p in zip(ours, plain, strict=True)]
+        beyond[layers] = statistics.median(differences)
+        shown = f"{beyond[layers]:.2f} ({min(differences):.2f}-{max(differences):.2f})"
+        each = 1e3 * beyond[layers] / layers
+        rows.append([str(layers), f"{statistics.median(plain):.2f}", shown, f"{each:.2f}"])
+    torch.set_num_threads(threads)
+    head = ["layers", "plain, s of CPU", "AWS and monitor beyond it, s of CPU", "ms per layer"]
+    text = f"Whole fits of two steps on layers as above, AdamW; one thread, {rounds} rounds.\n\n"
+    text += table("", head, rows)
+    bars = [
+        Bar(f"{counts[-1]} layers, seconds beyond plain", 2.0, beyond[counts[-1]]),
+        Bar("exponent over layers", 1.15, exponent(counts, list(beyond.values()))),
+    ]
+    return text if quick else text + "\n" + bar_table(bars)
+
+
 # -------------------------------------------------------------------------------------- collectives
 
 
@@ -1499,6 +1567,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
             "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
             "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
             "many": ("Many small layers", lambda: many(rounds, "cpu", quick=True)),
+            "start": ("Start and end of a fit", lambda: start_and_end(quick=True)),
             "collectives": ("Two ranks", lambda: collectives(small)),
             "logged": ("In a Trainer", lambda: logged(12)),
             "cuda": ("CUDA", lambda: on_cuda(rounds, quick=True)),
@@ -1520,6 +1589,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
         "growth": ("Growth", lambda: growth(rounds, "cpu", 1)),
         "training": ("Training steps", lambda: training(rounds, "cpu", quick=False)),
         "many": ("Many small layers", lambda: many(rounds, "cpu", quick=False)),
+        "start": ("Start and end of a fit", lambda: start_and_end(quick=False)),
         "collectives": ("Two ranks", lambda: collectives(resnet50())),
         "logged": ("In a Trainer, beside self.log_dict and wandb.watch", lambda: logged(20)),
         "cuda": ("CUDA", lambda: on_cuda(rounds, quick=False)),

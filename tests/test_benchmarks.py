@@ -113,6 +113,15 @@ def test_many_small_layers_cost_as_many_operations_as_few(tmp_path):
             assert float(cells[-1]) == 0, name
 
 
+def test_a_whole_fit_of_many_layers(tmp_path):
+    rows = section("start", tmp_path)
+    assert {"10", "20"} <= rows.keys()
+    for layers in ("10", "20"):
+        plain, beyond, _ = rows[layers]
+        assert float(plain) > 0, layers
+        assert float(beyond.split(" (")[0]) < 5, layers
+
+
 def test_what_two_ranks_send(tmp_path):
     text = output_of(
         "cost.py", "--quick", "--threads", "1", "--only", "collectives", folder=tmp_path
