@@ -19,6 +19,12 @@ Doubles = NDArray[np.float64]
 # Steps and values, by parameter name, in the order of the network.
 Curves = dict[str, tuple[Ints, Floats]]
 
+MOST_COLUMNS = 300
+"""Steps of a map of layer by step."""
+
+FARTHEST_RATIO = 10.0
+"""Beyond it, and below its inverse, all ratios of a map are of one colour."""
+
 # A deviation below this is no news: all curves lie on each other.
 _LEAST_DEVIATION = 0.01
 
@@ -56,20 +62,30 @@ def recorded_curves(history: History, quantity: str) -> Curves:
     return curves
 
 
-def thinned(curves: Curves, most: int) -> Curves:
+def evenly_spaced(count: int, most: int) -> NDArray[np.int_]:
+    """At most ``most`` of the places 0 to ``count - 1``, with the first and the last.
+
+    Example:
+        >>> evenly_spaced(9, 3).tolist(), evenly_spaced(2, 3).tolist()
+        ([0, 4, 8], [0, 1])
+    """
+    places = np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    return np.unique(places)
+
+
+def thinned_evenly(curves: Curves, most: int) -> Curves:
     """All curves with at most ``most`` points together, each with its first and its last.
 
     Example:
         >>> steps = np.arange(100)
-        >>> {name: len(x) for name, (x, _) in thinned({"a": (steps, steps)}, 10).items()}
+        >>> {name: len(x) for name, (x, _) in thinned_evenly({"a": (steps, steps)}, 10).items()}
         {'a': 10}
     """
     # All curves share the limit: with hundreds of layers, whole curves would be left out.
     share = max(2, most // max(1, len(curves)))
     fewer = {}
     for name, (steps, values) in curves.items():
-        evenly = np.linspace(0, len(steps) - 1, min(share, len(steps)))
-        chosen = np.unique(evenly.round().astype(int))
+        chosen = evenly_spaced(len(steps), share)
         fewer[name] = (steps[chosen], values[chosen])
     return fewer
 

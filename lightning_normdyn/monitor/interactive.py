@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .curves import Curves, as_table, recorded_curves, thinned
+from .curves import (
+    FARTHEST_RATIO,
+    MOST_COLUMNS,
+    Curves,
+    as_table,
+    evenly_spaced,
+    recorded_curves,
+    thinned_evenly,
+)
 from .history import History
 from .quantities import QUANTITIES, Quantity, drawn_with
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-MOST_COLUMNS = 300
-"""Steps of a map."""
-
-FARTHEST = 10.0
-"""A ratio beyond which all are of one colour."""
 
 
 def can_interact() -> bool:
@@ -53,7 +55,7 @@ def interactive_curves(
     figure = Figure()
     for place, family in enumerate(families):
         shown: Curves = {layer: family[layer] for layer in layers if layer in family}
-        for layer, (steps, values) in thinned(shown, most // len(families)).items():
+        for layer, (steps, values) in thinned_evenly(shown, most // len(families)).items():
             line = Scatter(
                 x=steps.tolist(),
                 y=_plain(values),
@@ -89,7 +91,7 @@ def interactive_map(history: History, name: str) -> Figure:
     quantity = QUANTITIES[name]
     curves = recorded_curves(history, name)
     steps, table = as_table(curves)
-    chosen = np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))
+    chosen = evenly_spaced(len(steps), MOST_COLUMNS)
     steps, table = steps[chosen], table[:, chosen]
 
     colours: dict[str, Any] = {"colorscale": "Viridis", "colorbar": {"title": quantity.axis}}
@@ -101,10 +103,10 @@ def interactive_map(history: History, name: str) -> Figure:
         colours["colorbar"] = {"title": f"log10 {quantity.axis}"}
     if quantity.scale == "ratio":
         # The same ends in every picture: the noise of a healthy run has to look like nothing.
-        end = float(np.log10(FARTHEST))
+        end = float(np.log10(FARTHEST_RATIO))
         colours |= {"colorscale": "PuOr_r", "zmin": -end, "zmax": end}
         # The bar tells ratios, and not their logarithms.
-        ticks = np.array([1 / FARTHEST, 0.3, 1.0, 3.0, FARTHEST])
+        ticks = np.array([1 / FARTHEST_RATIO, 0.3, 1.0, 3.0, FARTHEST_RATIO])
         colours["colorbar"] = {
             "title": quantity.axis,
             "tickvals": np.log10(ticks).tolist(),

@@ -18,7 +18,7 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.tables import LEAST_FOLDED, name_pattern, paragraph, render
 from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
-from .curves import Curves, numbered, pictured, rates_followed, recorded_curves, thinned
+from .curves import Curves, numbered, pictured, rates_followed, recorded_curves, thinned_evenly
 from .history import History
 from .interactive import can_interact, interactive_curves, interactive_map
 from .plots.heatmap import plot_heatmap
@@ -401,7 +401,7 @@ class Outcome:
         W&B sorts them as text."""
         curves = recorded_curves(self.history, quantity)
         numbers = numbered(self.history.meta.get("targets") or list(curves))
-        fewer = thinned(curves, MOST_CHART_ROWS)
+        fewer = thinned_evenly(curves, MOST_CHART_ROWS)
         return {f"{numbers[name]} {name}": curve for name, curve in fewer.items()}
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_normdyn.monitor.curves import (
+    FARTHEST_RATIO,
+    MOST_COLUMNS,
     Curves,
     Doubles,
     as_table,
@@ -28,10 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-# Columns of a map.
-_MOST_COLUMNS = 300
-# A ratio beyond which all are of one colour, and the colours on either side.
-_FARTHEST = 10.0
+# The colours of ratios beyond the farthest one, on either side.
 _BELOW, _ABOVE = "#1F4FD8", "#D7191C"
 # Rows of a map that are named before all others, and how far off they are at least: for ratios what
 # a verdict calls off, for other quantities twice the median or half of it.
@@ -122,7 +121,7 @@ def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
         # The same ends in every picture: the noise of a healthy run has to look like nothing.
         # What lies beyond has colours of its own, which the ends of the bar show.
         colours = colormaps["PuOr_r"].with_extremes(under=_BELOW, over=_ABOVE)
-        return LogNorm(1 / _FARTHEST, _FARTHEST), colours
+        return LogNorm(1 / FARTHEST_RATIO, FARTHEST_RATIO), colours
     if scale == "log" and positive.size and positive.max() > positive.min():
         return LogNorm(float(positive.min()), float(positive.max())), "viridis"
     if scale == "linear" and largest > 0:
@@ -190,7 +189,7 @@ def _fill_forward(table: Doubles) -> Doubles:
 def _in_columns(steps: Ints, table: Doubles) -> tuple[Doubles, Doubles]:
     """As many columns as a picture can show, each the median of neighbouring steps: column edges
     ``(c + 1,)``, values ``(l, c)``."""
-    count = min(_MOST_COLUMNS, len(steps))
+    count = min(MOST_COLUMNS, len(steps))
     parts = np.array_split(np.arange(len(steps)), count)
     firsts = np.array([steps[part[0]] for part in parts], dtype=np.float64)
     # The last column is as wide as the others are on average; a single one has no other.

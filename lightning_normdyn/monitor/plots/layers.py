@@ -14,6 +14,7 @@ from lightning_normdyn.monitor.curves import (
     Curves,
     as_table,
     curves_of,
+    evenly_spaced,
     farthest,
     over_layers,
     pictured,
@@ -333,7 +334,7 @@ def _draw_by_depth(
     mappable = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
     bar = fig.colorbar(mappable, ax=ax, label="depth")
     # Names, since nobody knows which the 38th layer is.
-    shown = np.unique(np.linspace(0, len(names) - 1, _DEPTHS_NAMED).round().astype(int)).tolist()
+    shown = evenly_spaced(len(names), _DEPTHS_NAMED).tolist()
     bar.set_ticks(shown, labels=[labels[place] for place in shown], fontsize=7)
     # The first layer on top, as in a heat map and in a listing of the network.
     bar.ax.invert_yaxis()

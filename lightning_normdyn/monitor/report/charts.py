@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_normdyn.monitor.angles import compared_angles
-from lightning_normdyn.monitor.curves import Curves, pictured, recorded_curves
+from lightning_normdyn.monitor.curves import Curves, evenly_spaced, pictured, recorded_curves
 from lightning_normdyn.monitor.events import happenings
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import drawn_as, layer_labels, shortened
@@ -206,7 +206,7 @@ def _bands_chart(runs: Mapping[str, History], quantity: str) -> Chart:
     chart["bands"] = []
     for label, band in bands.items():
         # Three lines of a band belong together: the same steps of each.
-        chosen = _evenly(len(band.steps), _POINTS_OF_A_CURVE[1])
+        chosen = evenly_spaced(len(band.steps), _POINTS_OF_A_CURVE[1])
         chart["bands"].append(
             {
                 "label": label,
@@ -218,10 +218,6 @@ def _bands_chart(runs: Mapping[str, History], quantity: str) -> Chart:
             }
         )
     return chart
-
-
-def _evenly(count: int, most: int) -> Any:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def _chart(
