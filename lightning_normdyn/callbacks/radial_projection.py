@@ -180,10 +180,7 @@ class ProjectWorker(Worker["RadialProjection"]):
             sums = radial(vectors, before)
             coefficient, _ = work_out(vectors, shortened, sums, share, into=(None, plan.bad))
             vectors.add_scaled_(coefficient, before)
-            if self.buffer is not None and not self.has_long_steps:
-                moved = self._buffer_values(step)
-                ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
-                self._remember_ratio((plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
+            self._measure_length(step, before)
             return
         moved = self._buffer_values(step)
         length = -plan.rates()
@@ -210,12 +207,20 @@ class ProjectWorker(Worker["RadialProjection"]):
             return removed
         before = vectors.snapshots(step.bracket)
         removed = vectors.remove_radial_(before, share, treated)
-        # Until it is known how long steps are, this one must be measured.
-        if self.buffer is not None and not self.has_long_steps:
-            moved = self._buffer_values(step)
-            ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
-            self._remember_ratio((plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
+        self._measure_length(step, before)
         return removed
+
+    def _measure_length(
+        self,
+        step: Step,
+        before: Sequence[Tensor | None],
+    ) -> None:
+        """Until it is known how long steps are, take note of this one's."""
+        if self.buffer is None or self.has_long_steps:
+            return
+        moved = self._buffer_values(step)
+        ss, dd = self.plan.vectors.inner((before, before), (moved, moved), exact=False)
+        self._remember_ratio((self.plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
 
     def _project_gated(
         self,

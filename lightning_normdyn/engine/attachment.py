@@ -1,7 +1,7 @@
 """Which optimizers step in a fit, and a bracket around each of them: also around those that take
 the place of others while the fit is running. And which of their announced steps were skipped."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from .flavours import Trainer
 from .lightning_facts import wrapped_optimizers
 from .member import Member
 from .messages import show, warn_once
-from .weights import Layout, Weights
+from .weights import Layout, Weights, held_by
 
 # The rank of what comes after whatever callbacks do in a phase.
 LAST = 1000
@@ -373,13 +373,6 @@ class Attachment:
         return f"{type(before.outer).__name__} was replaced by another {kind}"
 
 
-def _held_by_parts(optimizer: Optimizer) -> Iterator[Tensor]:
-    """All parameters, one by one: usually the first that is asked has a gradient."""
-    for part in torch_optimizers(optimizer):
-        for group in part.param_groups:
-            yield from group["params"]
-
-
 class Attempts:
     """Counts the updates that were about to happen: those that Lightning announced and no bracket
     saw are the ones that a gradient scaler has skipped.
@@ -406,8 +399,9 @@ class Attempts:
         is_second = any(b.stepping and b.evaluations > 1 for b in brackets)
         if is_second or steps_in_two_phases(without_framework(optimizer)):
             return
+        weights = (p for part in torch_optimizers(optimizer) for p in held_by(part))
         accumulating = accumulates(self._trainer.strategy.model)
-        is_attempt = not accumulating and any(map(has_gradient, _held_by_parts(optimizer)))
+        is_attempt = not accumulating and any(map(has_gradient, weights))
         self.count += is_attempt
         self._updates_before = self._attachment.updates() if is_attempt else -1
         self._batch_of_newest = self._progress.total.ready

@@ -189,7 +189,7 @@ class Session:
 
     def _forget_gradients(self) -> None:
         """The graph was watched in the last batch, and torch.compile may compile the next one."""
-        stepped = []
+        stepped: list[Tensor] = []
         for entry in self.attachment.entries:
             if entry.bracket.steps > entry.steps_at_watch:
                 stepped += held_by(entry.optimizer)

@@ -1,7 +1,7 @@
 """The weights of the network during one fit: what they are called, who holds them, which shape they
 have as a whole, and which of them come later."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -147,9 +147,11 @@ def weights_by_name(names: Mapping[Tensor, Names]) -> dict[str, Tensor]:
     return weights
 
 
-def held_by(optimizer: Optimizer) -> list[Tensor]:
+def held_by(optimizer: Optimizer) -> Iterator[Tensor]:
     """All parameters of an optimizer, in its order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    # One by one: usually the first that is asked has a gradient.
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def layout_of(optimizer: Optimizer) -> Layout:
