@@ -123,8 +123,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>``,
     averaged over the weight's vectors, and ``normdyn/<quantity>`` over all scale-invariant vectors.
     Loggers get five numbers of each weight (``angular_update``, ``expected_ratio`` or else
-    ``balance_ratio``, ``weight_norm``, ``effective_lr``, ``direction_lr``) and the overview;
-    `history` keeps every quantity.
+    ``balance_ratio`` or else ``norm_drift``, ``weight_norm``, ``effective_lr``, ``direction_lr``)
+    and the overview; `history` keeps every quantity.
     `lightning_normdyn.monitor.quantities` is the table of all quantities, with their formulas and
     averages; `markdown_table` there prints it.
 

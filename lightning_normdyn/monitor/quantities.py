@@ -7,7 +7,7 @@ it at every use. A new quantity is one entry here, with its formula over `StepSu
 Over 500 lines, most of them rows of this one table.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -290,6 +290,8 @@ _TABLE = (
         scale="linear",
         of_matrix=True,
         scope="weight",
+        logged=True,
+        in_place_of="balance_ratio",
     ),
     Quantity(
         "coherence",
@@ -454,13 +456,19 @@ def of_matrices(
     return [quantity.name for quantity in known]
 
 
-def for_loggers(values: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:
+def for_loggers(
+    values: Mapping[str, float],
+    names: Sequence[str] | None,
+    unbalanced: Collection[str] = (),
+) -> dict[str, float]:
     """What loggers get of a row.
 
     Args:
         values: the row, by log key.
         names: what the user named; None: of each weight what the table has as ``logged``, and the
             whole overview. A page of hundreds of charts is one that nobody reads.
+        unbalanced: weights without a balance, of which the drift of the norm takes its place; see
+            `lightning_normdyn.monitor.stand_ins`.
 
     Example:
         >>> row = {"angular_update/a": 0.1, "radial_update/a": 0.0, "normdyn/radial_update": 0.0}
@@ -468,6 +476,8 @@ def for_loggers(values: Mapping[str, float], names: Sequence[str] | None) -> dic
         {'angular_update/a': 0.1, 'normdyn/radial_update': 0.0}
         >>> for_loggers(row, ["radial_update"])
         {'radial_update/a': 0.0, 'normdyn/radial_update': 0.0}
+        >>> for_loggers({"norm_drift/a": 0.1, "norm_drift/b": 0.1}, None, unbalanced=["b"])
+        {'norm_drift/b': 0.1}
     """
     chosen = {}
     for key, value in values.items():
@@ -478,11 +488,22 @@ def for_loggers(values: Mapping[str, float], names: Sequence[str] | None) -> dic
             # Counts of the run are no quantity that one could name.
             wanted = quantity.name in names or quantity.scope == "overview"
         else:
-            is_taken = f"{quantity.in_place_of}/{weight}" in values
-            wanted = is_overview or (quantity.logged and not is_taken)
+            wanted = is_overview or _is_logged(quantity, weight, values, unbalanced)
         if wanted:
             chosen[key] = value
     return chosen
+
+
+def _is_logged(
+    quantity: Quantity, weight: str, values: Mapping[str, float], unbalanced: Collection[str]
+) -> bool:
+    """Whether loggers get a quantity of a weight without being asked."""
+    if quantity.in_place_of == "balance_ratio":
+        return quantity.logged and weight in unbalanced
+    # A weight keeps what it has: a balance that is known at last does not end another chart.
+    is_replaced = quantity.name == "balance_ratio" and weight in unbalanced
+    is_taken = f"{quantity.in_place_of}/{weight}" in values
+    return quantity.logged and not is_taken and not is_replaced
 
 
 def rate_followed(*, proportional: bool) -> str:

@@ -45,6 +45,7 @@ from .predictions import is_proportional, noise_coherence, relaxation_power
 from .quantities import for_loggers, rate_followed
 from .refresh import Refresh
 from .rows import RowDraft, Sent
+from .stand_ins import StandIns
 from .verdicts import Grounds, balance_of
 
 _check_position = record({"position": many(whole()), "skipped_steps": whole()})
@@ -72,6 +73,7 @@ class Recording(Part[Any]):
         self.quantities: list[str] | None = rule.quantities
         self.alarms = Alarms(self.trainer, alert=rule.alert)
         self.foresight = Foresight(self.trainer, rule)
+        self.stand_ins = StandIns(self.trainer)
         self.ledger = Ledger()
         self.gauges: dict[int, StepGauge] = {}
         self._refreshing = Refresh(None)
@@ -182,7 +184,8 @@ class Recording(Part[Any]):
             if is_first and self.rule.tables:
                 self.alarms.idle_decays(self.gauges.values())
             if sent.shown and self.trainer.loggers:
-                shown = for_loggers(row.values, self.quantities)
+                unbalanced = self.stand_ins.after(row.step, row.values, self.ledger.history)
+                shown = for_loggers(row.values, self.quantities, unbalanced)
                 publish_row(self.trainer.loggers, shown, draft.histograms, row.step)
         publish_to_trainer(self.trainer, row.values)
 

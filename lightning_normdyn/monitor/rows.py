@@ -300,10 +300,11 @@ class RowDraft:
             )
             self._balances[name] = balance
             wanted = result.gauge.of_matrices[name]
-            # Nobody has an expectation of its optimizer: what it is held against is its balance.
+            # Nobody has an expectation of its optimizer: what it is held against is its balance,
+            # and without one, how fast its norm moves is what can be said.
             is_expected = name in self._expectations or f"expected_ratio/{name}" in self._values
             if not is_expected and "balance_ratio" not in wanted:
-                wanted = [*wanted, "balance_ratio"]
+                wanted = [*wanted, "norm_drift", "balance_ratio"]
             if not wanted:
                 continue
             # To look for a span of steps takes ten times as long as all else here.

@@ -280,8 +280,8 @@ def test_the_history_keeps_the_rows_that_are_logged_and_more():
             of_weight = {key.split("/")[0] for key in logged if key.endswith(f"/{name}")}
             assert of_weight == {*LOGGED, "expected_ratio"}
         of_head = {key.split("/")[0] for key in logged if key.endswith("/net.8.weight")}
-        # Too few rows for a balance.
-        assert of_head == set(LOGGED)
+        # Too few rows for a balance, which is given up in the middle of the fit.
+        assert of_head == {*LOGGED, *(["norm_drift"] if step >= 4 else [])}
         assert {"radial_update/net.0.weight", "coherence/net.8.weight"} & kept.keys()
 
 

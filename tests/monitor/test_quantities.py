@@ -223,12 +223,16 @@ def test_loggers_get_five_of_each_weight_and_the_rest_by_name():
     every = [quantity.name for quantity in monitored()]
     row = {f"{name}/{weight}": 1.0 for name in every for weight in ("a", "b")}
     row |= {f"normdyn/{name}": 1.0 for name in (*every, "skipped_steps")}
+    row |= {"balance_ratio/c": 1.0, "norm_drift/c": 1.0, "weight_norm/c": 1.0}
     del row["expected_ratio/b"]  # not scale-invariant
     five = ["angular_update", "effective_lr", "direction_lr", "weight_norm"]
     expected = {f"{name}/a" for name in (*five, "expected_ratio")}
     expected |= {f"{name}/b" for name in (*five, "balance_ratio")}
     expected |= {f"normdyn/{name}" for name in (*every, "skipped_steps")}
-    assert for_loggers(row, None).keys() == expected
+    of_c = {"weight_norm/c", "balance_ratio/c"}
+    assert for_loggers(row, None).keys() == expected | of_c
+    of_c = {"weight_norm/c", "norm_drift/c"}
+    assert for_loggers(row, None, unbalanced={"c"}).keys() == expected | of_c
     assert for_loggers(row, ["coherence"]).keys() == {
         "coherence/a",
         "coherence/b",
