@@ -11,7 +11,7 @@ LIGHTNINGS := 2.4 2.5 2.6
 # tests anew takes a third of the time that each worker needs before its first test.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs bench gpu test test-slow test-all test-deepspeed test-clients test-versions lint format types clean
+.PHONY: demo docs bench gpu test test-slow test-rare test-all test-deepspeed test-clients test-versions lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
@@ -43,9 +43,12 @@ test: $(READY)  ## everything but what is slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"
 
 test-slow: $(READY)  ## what `make test` leaves out
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not rare and not deepspeed"
 
-test-all: test test-slow test-deepspeed  ## everything
+test-rare: $(READY)  ## what `make test-slow` leaves out: the rest of large cross products
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "rare and not deepspeed"
+
+test-all: test test-slow test-rare test-deepspeed  ## everything
 
 # DeepSpeed in an environment of its own: it is built here, with an old setuptools, and without its compiled operations.
 $(DEEPSPEED)/.ready: pyproject.toml constraints.txt

@@ -9,6 +9,8 @@ import importlib.metadata
 import os
 import sys
 from collections import Counter
+from heapq import heapify, heappop, heappush
+from itertools import combinations
 
 import pytest
 import torch
@@ -50,22 +52,91 @@ def _one_flavour():
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items):
     """A fault shows in most members of a kind, so a few of them are enough for the quick suite: of
-    a test that is marked ``sampled``, all but a sample are slow."""
-    families = {}
-    for item in items:
-        mark = item.get_closest_marker("sampled")
+    a test that is marked ``sampled``, all but a sample are slow. And it shows under most
+    neighbours of the two values that it needs, so of a test that is marked ``pairwise`` what the
+    slow suite need not run is ``rare``."""
+    for (_, *numbers), family in families_of(items, "sampled").items():
         # What `make test` leaves out anyway would be no sample of it.
-        left_out = item.get_closest_marker("slow") or item.get_closest_marker("deepspeed")
-        if mark is not None and left_out is None:
-            family, _, _ = item.nodeid.partition("[")
-            families.setdefault((family, *mark.args), []).append(item)
-    for (_, *numbers), family in families.items():
-        quick = spread(family, *numbers)
-        for item in family:
+        candidates = [item for item in family if not is_left_out(item)]
+        quick = spread(candidates, *numbers)
+        for item in candidates:
             if item not in quick:
                 item.add_marker(pytest.mark.slow)
+    for (_, *axes), family in families_of(items, "pairwise").items():
+        quick = [item for item in family if not is_left_out(item)]
+        slow = [item for item in family if item.get_closest_marker("slow")]
+        chosen = pairwise(slow, quick, axes)
+        for item in slow:
+            if item not in chosen:
+                item.add_marker(pytest.mark.rare)
     # A test of many minutes begins first: one that begins last is waited for by idle workers.
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
+def families_of(items, name):
+    """The parametrizations of each test with the mark ``name``, by the test and the mark's
+    arguments."""
+    families = {}
+    for item in items:
+        mark = item.get_closest_marker(name)
+        if mark is not None:
+            test, _, _ = item.nodeid.partition("[")
+            families.setdefault((test, *mark.args), []).append(item)
+    return families
+
+
+def is_left_out(item):
+    """Whether `make test` does not run it."""
+    return bool(item.get_closest_marker("slow") or item.get_closest_marker("deepspeed"))
+
+
+def values_of(item):
+    """The value that the item has on each axis of its test.
+
+    By identity: values need not be comparable, and all combinations hold the same objects.
+    """
+    return [(name, id(value)) for name, value in item.callspec.params.items()]
+
+
+def scattered(items):
+    """The items in an order that jumps (multiples of the golden section): neighbours are alike, so
+    the first of a list would be a poor sample."""
+    order = sorted(range(len(items)), key=lambda i: i * 0.6180339887 % 1)
+    return [items[i] for i in order]
+
+
+def pairwise(items, done, axes):
+    """So many of the items that any two values of two axes occur together, as far as they do in
+    all of them.
+
+    Args:
+        items: parametrizations of one test.
+        done: others of the same test, whose pairs need no further member.
+        axes: names; of all pairs only those with a value of one of these axes count. None: all.
+    """
+
+    def pairs_of(item):
+        pairs = combinations(values_of(item), 2)
+        return {pair for pair in pairs if not axes or any(name in axes for name, _ in pair)}
+
+    seen = set().union(*map(pairs_of, done))
+    # The member with the most new pairs first. What a member brings only becomes less while others
+    # are chosen, so one that is still the best when it is looked at anew is the best of all.
+    queue = []
+    for place, item in enumerate(scattered(items)):
+        pairs = pairs_of(item)
+        queue.append((-len(pairs), place, item, pairs))
+    heapify(queue)
+    chosen = set()
+    while queue:
+        _, place, item, pairs = heappop(queue)
+        new = len(pairs - seen)
+        if new and queue and -new > queue[0][0]:
+            heappush(queue, (-new, place, item, pairs))
+        elif new:
+            seen |= pairs
+            chosen.add(item)
+    return chosen
 
 
 def spread(items, number=None):
@@ -75,23 +146,18 @@ def spread(items, number=None):
         items: the parametrizations of one test.
         number: how many; None: as many as the longest axis has, so that each value occurs.
     """
-    axes = []
-    for item in items:
-        # By identity: values need not be comparable, and all combinations hold the same objects.
-        axes.append([(name, id(value)) for name, value in item.callspec.params.items()])
+    axes = {item: values_of(item) for item in items}
     if number is None:
-        values = Counter(name for name, _ in set().union(*axes))
+        values = Counter(name for name, _ in set().union(*axes.values()))
         number = max(values.values())
-    # Neighbours are alike, so the first of a list would be a poor sample: among equals take them in
-    # an order that jumps (multiples of the golden section).
-    left = sorted(range(len(items)), key=lambda i: i * 0.6180339887 % 1)
+    left = scattered(items)
     used = Counter()
     chosen = []
     while left and len(chosen) < number:
-        best = min(left, key=lambda i: sum(used[value] for value in axes[i]))
+        best = min(left, key=lambda item: sum(used[value] for value in axes[item]))
         left.remove(best)
         used.update(axes[best])
-        chosen.append(items[best])
+        chosen.append(best)
     return chosen
 
 

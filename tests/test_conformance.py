@@ -147,6 +147,7 @@ def every_case_under_another_default():
 
 
 @pytest.mark.sampled(3)
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("case", "mode", "default"), list(every_case_under_another_default()))
 def test_follows_its_paper_under_another_default(case, mode, default):
     settings = dict(MODES[mode])
