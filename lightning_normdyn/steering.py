@@ -263,4 +263,7 @@ def _share(change: Tensor, outward: float, inward: float) -> Tensor:
 
 
 def _like(value: Scalar, other: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=other.dtype, device=other.device)
+    if isinstance(value, Tensor):
+        return value.to(dtype=other.dtype, device=other.device)
+    # Filled there: a number that is sent would make the host wait.
+    return other.new_full((), value)

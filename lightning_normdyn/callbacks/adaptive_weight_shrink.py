@@ -50,6 +50,7 @@ def shrunk(
     size: Tensor,
     lr: Tensor,
     alpha: float | Tensor,
+    counts: Tensor,
     bad: Tensor,
     active: Tensor | None,
     skipped: Tensor | None,
@@ -60,19 +61,20 @@ def shrunk(
         size: norm or standard deviation, ``(n,)``.
         lr: of each vector.
         alpha: the strength.
+        counts: how often the factor of each vector was clamped.
         bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
         active: the same.
         skipped: the same.
 
     Returns:
-        Its factor, ``bad``, and 1 where the factor was clamped, else 0.
+        Its factor, ``bad`` and ``counts``.
     """
     # A vector without a gradient, of length zero or with numbers that are not finite stays as it
     # is.
     factor = shrink_factor(size, lr, alpha)
     factor, bad = guarded(factor, 1.0, bad, active, skipped, size)
     is_clamped = are_treated(lr * alpha * size > LARGEST_SHARE, active, skipped)
-    return factor, bad, is_clamped.to(factor.dtype)
+    return factor, bad, counts + is_clamped
 
 
 class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
@@ -174,7 +176,8 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         plan = self.plan
         vectors = plan.vectors
         # Read at every step: a rate that was remembered would miss what a schedule does.
-        numbers = plan.rates(), self._alpha(), *plan.guards(step)
+        counts = plan.counters["clamped"]
+        numbers = plan.rates(), self._alpha(), counts, *plan.guards(step)
         into = None, plan.bad
         if self.by_std is None:
             found = work_out(vectors, shrink_by_norm, squares(vectors), numbers, into)
@@ -183,9 +186,9 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
             found = work_out(
                 vectors, shrink_by_std, moments(vectors), (*by_std, *numbers), into
             )  # fmt: skip
-        factor, _, is_clamped = found
+        factor, _, counts = found
         # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
-        plan.count("clamped", is_clamped, step)
+        plan.count("clamped", counts, step)
         self.shrinker.shrink(step, factor)
 
     def _alpha(self) -> float | Tensor:

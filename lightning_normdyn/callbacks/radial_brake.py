@@ -26,6 +26,7 @@ def braked(
     inward: float,
     change: Change,
     log_scale: Tensor,
+    counts: Tensor,
     bad: Tensor,
     active: Tensor | None,
     skipped: Tensor | None,
@@ -40,20 +41,21 @@ def braked(
         inward: the same.
         change: the same.
         log_scale: logarithm of all factors so far.
+        counts: how often each vector grew from nothing.
         bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
         active: the same.
         skipped: the same.
 
     Returns:
-        Its factor, ``bad``, ``log_scale``, and 1 where the vector grows from nothing, else 0.
+        Its factor, ``bad``, ``log_scale`` and ``counts``.
     """
     factor = brake_factor(ww, wd, dd, outward, inward, change)
     is_finite = (ww + wd + dd).isfinite()
     # A vector that had no length grows as it likes, until it has one.
     is_clamped = factor.isnan() & is_finite
     factor, bad = guarded(factor.where(~is_clamped, 1.0), 1.0, bad, active, skipped)
-    counted = are_treated(is_clamped, active, skipped).to(factor.dtype)
-    return factor, bad, log_scale + factor.log(), counted
+    counts = counts + are_treated(is_clamped, active, skipped)
+    return factor, bad, log_scale + factor.log(), counts
 
 
 class BrakeWorker(Worker["RadialBrake"]):
@@ -78,13 +80,13 @@ class BrakeWorker(Worker["RadialBrake"]):
         rule, plan = self.rule, self.plan
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        log_scale = plan.published["log_scale"]
-        numbers = rule.outward, rule.inward, rule.change, log_scale, *plan.guards(step)
+        log_scale, counts = plan.published["log_scale"], plan.counters["clamped"]
+        numbers = rule.outward, rule.inward, rule.change, log_scale, counts, *plan.guards(step)
         into = None, plan.bad, log_scale
-        factor, _, _, is_clamped = work_out(
+        factor, _, _, counts = work_out(
             vectors, braked, displacement(vectors, before), numbers, into
         )
-        plan.count("clamped", is_clamped, step)
+        plan.count("clamped", counts, step)
         vectors.scale_(factor)
 
     def effect(self, target: Target) -> Effect:

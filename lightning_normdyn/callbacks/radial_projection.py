@@ -1,5 +1,9 @@
 """Radial projection (SGDP, AdamP): let steps turn weights without lengthening them, with any torch
-optimizer."""
+optimizer.
+
+Over 500 lines, because each of its ways (told by a copy or by a buffer, gated or not) is a formula
+of its own, and a rule and its formulas are read together.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,11 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.geometry.formulas import (
     fuses_formulas,
+    largest_of,
+    products,
     radial,
     radial_part_of_step,
+    take_with_totals,
     work_out,
 )
 from lightning_normdyn.geometry.partition import Partition
@@ -74,18 +81,89 @@ def shortened(
 
 
 def shortened_by_buffer(
-    ww: Tensor, wd: Tensor, bb: Tensor, length: Tensor, *numbers: Any
+    ww: Tensor, wd: Tensor, bb: Tensor, rates: Tensor, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`shortened` where the step is known, ``length`` times a buffer b; ``bb`` is <b, b>.
+    """`shortened` where the step is known, ``-rates`` times a buffer b; ``bb`` is <b, b>.
 
     Returns:
         The factor of what w has become, ``bad``, the coefficient of the buffer, and how many times
-        longer than w the step was.
+        longer than w the longest step was.
     """
-    coefficient, bad = shortened(ww, wd, *numbers)
-    # w = v - length b, put in: w itself is nowhere, and its copy would cost memory.
-    step_ratio = length.abs() * (bb / above_zero(ww)).sqrt()
-    return 1 + coefficient, bad, -coefficient * length, step_ratio.nan_to_num(0.0)
+    coefficient, bad = shortened(ww, wd, rates, *numbers)
+    # w = v + rates b, put in: w itself is nowhere, and its copy would cost memory.
+    step_ratio = rates.abs() * (bb / above_zero(ww)).sqrt()
+    return 1 + coefficient, bad, coefficient * rates, largest_of(step_ratio.nan_to_num(0.0))
+
+
+def gate_sums(
+    ww: Tensor,
+    wg: Tensor,
+    gg: Tensor,
+    length: Tensor,
+    delta: float,
+) -> tuple[Tensor, ...]:
+    """What AdamP's gates need of each vector w with gradient g, to be summed over a weight: its
+    three sums, whether its cosine is over the threshold, and its length."""
+    # Rows of one weight have one length, so the filter test is a count of rows that are not under
+    # the threshold (a NaN is not), the layer test a sum over rows.
+    over = ~(cosine_from_sums(ww, wg, gg).abs() * length.sqrt() < delta)
+    return ww, wg, gg, over.to(ww.dtype), length
+
+
+def gates(
+    delta: float,
+    ww: Tensor,
+    wg: Tensor,
+    gg: Tensor,
+    over: Tensor,
+    entries: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """AdamP's test |cos(w, g)| < delta / sqrt(d), from the totals of `gate_sums` over a weight: for
+    all filters of it, and, where not all pass, for all of it as one vector."""
+    layer = cosine_from_sums(ww, wg, gg).abs() * entries.sqrt() < delta
+    by_filter = over == 0
+    return by_filter, layer & ~by_filter
+
+
+def step_sums(ss: Tensor, sd: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """What the layer test needs of each step, to be summed over a weight."""
+    return ss, sd
+
+
+def shortened_by_gates(
+    ss: Tensor,
+    sd: Tensor,
+    layer_ss: Tensor,
+    layer_sd: Tensor,
+    by_filter: Tensor,
+    by_layer: Tensor,
+    rates: Tensor,
+    decays: Tensor,
+    ratio: float,
+    owned: Tensor,
+    *guards: Any,
+) -> tuple[Tensor, Tensor]:
+    """`shortened` where gates are open, each number of a weight repeated for its vectors."""
+    # By how many times the weight the step is to be shortened.
+    along = _ratio(sd, ss).where(by_filter, _ratio(layer_sd, layer_ss).where(by_layer, 0.0))
+    rate = rates * decays
+    # A step that keeps its radial part can hold the norm against the full decay, as in adamp.
+    share = (rate * ratio).where(by_filter | by_layer, rate) * owned
+    removed, bad = guarded(along + share, 0.0, *guards)
+    return -removed, bad
+
+
+def shortened_by_totals(
+    ss: Tensor,
+    sd: Tensor,
+    weight_of: Tensor,
+    delta: float,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    """`shortened_by_gates` from the numbers of weights: totals of `step_sums` and `gate_sums`."""
+    layer_ss, layer_sd, *of_gates = [of_weights[weight_of] for of_weights in numbers[:7]]
+    open_gates = gates(delta, *of_gates)
+    return shortened_by_gates(ss, sd, layer_ss, layer_sd, *open_gates, *numbers[7:])
 
 
 class ProjectionPart(Part["RadialProjection"]):
@@ -112,10 +190,8 @@ class ProjectWorker(Worker["RadialProjection"]):
         self.needs_copy = True
         """Of this step: whether a copy of the weights must tell it all the same, as for most
         optimizers."""
-        self.gates: tuple[Tensor, Tensor] | None = None
-        """Of this step, ``(n,)`` each: vectors projected in the filter view, in the layer view."""
-        self.is_open: Tensor | None = None
-        """Of this step, ``(targets,)``: whether either gate is open."""
+        self.gate_totals: Tensor | None = None
+        """Of this step, ``(5, targets)``: what opens the gates."""
         self.ratios: list[tuple[HostCopy, float | None]] = []
         """Of the two newest steps: how many times longer than its weight the longest was, and the
         learning rate."""
@@ -136,45 +212,39 @@ class ProjectWorker(Worker["RadialProjection"]):
             self._set_gates()
 
     def _set_gates(self) -> None:
-        """AdamP's test |cos(w, g)| < delta / sqrt(d): for all filters of a weight, or for all of it
-        as one vector."""
+        """Take the sums that AdamP's gates go by."""
         vectors = self.plan.vectors
-        delta = self.rule.delta
-        weights = vectors.values()
-        gradients = vectors.gradients()
+        sums = products(vectors, vectors.gradients())
+        _, self.gate_totals = take_with_totals(vectors, sums, gate_sums, (self.rule.delta,))
 
-        def summarize(sums: Tensor, length: Tensor) -> Tensor:
-            # Rows of one weight have one length, so the filter test is a count of rows that are not
-            # under the threshold (a NaN is not), the layer test a sum over rows.
-            over = ~(cosine_from_sums(*sums).abs() * length.sqrt() < delta)
-            return torch.cat([sums, over[None].to(sums.dtype), length[None]])
-
-        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
-        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize, exact=False)
-        ww, wg, gg, over, entries = totals
-        layer = cosine_from_sums(ww, wg, gg).abs() * entries.sqrt() < delta
-        by_filter = over == 0
-        self.gates = vectors.spread(by_filter), vectors.spread(layer & ~by_filter)
-        self.is_open = by_filter | layer
+    def _open_gates(self, totals: Tensor) -> tuple[Tensor, Tensor]:
+        """``(targets,)`` each: weights that are projected in the filter view, in the layer view."""
+        return gates(self.rule.delta, *totals)
 
     @during(Phase.PROJECT)
     def project(self, step: Step) -> None:
         """w <- w + Pi_w(Delta) (SGDP/AdamP, "Projected updates"), with the decay of the targets."""
-        if self.gates is None and fuses_formulas(self.plan.vectors):
+        if self.gate_totals is not None:
+            self._project_gated(step, self.gate_totals)
+        elif fuses_formulas(self.plan.vectors):
             self._project_at_once(step)
-        elif self.gates is None:
+        else:
             # What is not finite has been left alone; here it is remembered.
             self.plan.guard(self._project_all(step), 0.0, step)
-        else:
-            self._project_gated(step, *self.gates)
+
+    def _share(self, step: Step) -> tuple[Any, ...]:
+        """What `shortened` takes behind the sums."""
+        plan = self.plan
+        # AWS goes first where both are on a weight: one decay, not two.
+        owned = plan.owns_decay(step, DecayOwner.PROJECTION)
+        ratio = self.rule.weight_decay_ratio
+        return plan.rates(), self._decays(), ratio, owned, *plan.guards(step)
 
     def _project_at_once(self, step: Step) -> None:
         """`_project_all` where a launch is the dearest thing: sums, one formula, one write."""
         plan = self.plan
         vectors = plan.vectors
-        owned = plan.owns_decay(step, DecayOwner.PROJECTION)
-        ratio = self.rule.weight_decay_ratio
-        share = plan.rates(), self._decays(), ratio, owned, *plan.guards(step)
+        share = self._share(step)
         if self.needs_copy:
             before = vectors.snapshots(step.bracket)
             sums = radial(vectors, before)
@@ -183,27 +253,25 @@ class ProjectWorker(Worker["RadialProjection"]):
             self._measure_length(step, before)
             return
         moved = self._buffer_values(step)
-        length = -plan.rates()
-        sums = radial_part_of_step(vectors, moved, length)
-        numbers = length, *share
-        factor, _, coefficient, step_ratio = work_out(
-            vectors, shortened_by_buffer, sums, numbers, into=(None, plan.bad)
+        sums = radial_part_of_step(vectors, moved, plan.rates())
+        factor, _, coefficient, longest = work_out(
+            vectors, shortened_by_buffer, sums, share, into=(None, plan.bad)
         )
         vectors.scale_and_add_(factor, coefficient, moved)
-        self._remember_ratio(step_ratio)
+        self._remember_ratio(longest)
 
     def _project_all(self, step: Step) -> Tensor:
         """Every target; ``(n,)``: by how many times the weight its step was shortened."""
         plan = self.plan
         vectors = plan.vectors
-        share = self._decay(step, None)
+        share = self._decay(step)
         treated = plan.treated(step)
         if not self.needs_copy:
             # SGD moves a weight by -lr times its momentum buffer, so no copy is needed to know the
             # step.
             moved = self._buffer_values(step)
             removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, treated)
-            self._remember_ratio(ratio.nan_to_num(0.0))
+            self._remember_ratio(largest_of(ratio.nan_to_num(0.0)))
             return removed
         before = vectors.snapshots(step.bracket)
         removed = vectors.remove_radial_(before, share, treated)
@@ -220,35 +288,34 @@ class ProjectWorker(Worker["RadialProjection"]):
             return
         moved = self._buffer_values(step)
         ss, dd = self.plan.vectors.inner((before, before), (moved, moved), exact=False)
-        self._remember_ratio((self.plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
+        ratio = self.plan.rates() * (dd / ss).sqrt()
+        self._remember_ratio(largest_of(ratio.nan_to_num(0.0)))
 
-    def _project_gated(
-        self,
-        step: Step,
-        by_filter: Tensor,
-        by_layer: Tensor,
-    ) -> None:
+    def _project_gated(self, step: Step, gate_totals: Tensor) -> None:
         """The vectors whose gate is open, in one of the two views."""
-        vectors = self.plan.vectors
+        plan = self.plan
+        vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
-        layer = vectors.spread(_ratio(along, total))
-        # By how many times the weight the step is to be shortened.
-        radial = _ratio(sd, ss).where(by_filter, layer.where(by_layer, 0.0))
-        removed = radial + self._decay(step, by_filter | by_layer)
-        vectors.add_scaled_(-self.plan.guard(removed, 0.0, step), before)
+        share = self._share(step)
+        taken, (layer_ss, layer_sd) = take_with_totals(vectors, radial(vectors, before), step_sums)
+        into = None, plan.bad
+        if fuses_formulas(vectors):
+            totals = layer_ss, layer_sd, *gate_totals
+            numbers = vectors.weight_of, self.rule.delta, *totals, *share
+            found = work_out(vectors, shortened_by_totals, taken, numbers, into)
+        else:
+            # For each weight once: it may have thousands of vectors.
+            totals = layer_ss, layer_sd, *self._open_gates(gate_totals)
+            spread = [vectors.spread(of_weights) for of_weights in totals]
+            found = work_out(vectors, shortened_by_gates, taken, (*spread, *share), into)
+        vectors.add_scaled_(found[0], before)
 
     # -- the decay
 
-    def _decay(self, step: Step, projected: Tensor | None) -> Tensor:
+    def _decay(self, step: Step) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
         plan = self.plan
-        rate = plan.rates() * self._decays()
-        share = rate * self.rule.weight_decay_ratio
-        if projected is not None:
-            # A step that keeps its radial part can hold the norm against the full decay, as in
-            # adamp.
-            share = share.where(projected, rate)
+        share = plan.rates() * self._decays() * self.rule.weight_decay_ratio
         # AWS goes first where both are on a weight: one decay, not two.
         return share * plan.owns_decay(step, DecayOwner.PROJECTION)
 
@@ -269,13 +336,14 @@ class ProjectWorker(Worker["RadialProjection"]):
         rates: Tensor,
     ) -> None:
         """A weight whose gate is closed in this step decays with ratio 1."""
-        if self.is_open is None:
+        if self.gate_totals is None:
             return
-        gates = dict(zip(self.plan.vectors.weights, self.is_open, strict=True))
+        by_filter, by_layer = self._open_gates(self.gate_totals)
+        is_open = dict(zip(self.plan.vectors.weights, by_filter | by_layer, strict=True))
         for i, target in enumerate(plan.targets):
-            if decays[i].owner == DecayOwner.PROJECTION and target.weight in gates:
+            if decays[i].owner == DecayOwner.PROJECTION and target.weight in is_open:
                 closed = self._decay_rate(self.plan.group_of(target))
-                rates[i] = torch.where(gates[target.weight], rates[i], closed)
+                rates[i] = torch.where(is_open[target.weight], rates[i], closed)
 
     # -- how long steps are
 
@@ -313,16 +381,14 @@ class ProjectWorker(Worker["RadialProjection"]):
         # A schedule may have raised the rate since (warm-up), and steps grow with it.
         growth = rate / rate_then if rate is not None and rate_then else 1.0
         # Written so that a NaN counts as long.
-        if not float(ratio.get()) * max(growth, 1.0) <= LONGEST_TOLD:
+        if not _longest(ratio) * max(growth, 1.0) <= LONGEST_TOLD:
             self.has_long_steps = True
         return not self.has_long_steps
 
-    def _remember_ratio(self, ratio: Tensor) -> None:
-        """Take note of how long steps are, ``(n,)``; 0, not NaN, of a vector of length zero that
-        did not move: it says nothing."""
-        # A rank that holds no vector has no largest ratio.
-        largest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
-        newest = (HostCopy(largest), self._rate_on_host())
+    def _remember_ratio(self, longest: Tensor) -> None:
+        """Take note of how long the longest step was, `largest_of` all vectors; 0, not NaN, of a
+        vector of length zero that did not move: it says nothing."""
+        newest = (HostCopy(longest), self._rate_on_host())
         self.ratios = [*self.ratios[-1:], newest]
 
     def _rate_on_host(self) -> float | None:
@@ -340,7 +406,7 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def state(self) -> dict[str, Any]:
         """How long steps were."""
-        ratios = [{"ratio": float(ratio.get()), "rate": rate} for ratio, rate in self.ratios]
+        ratios = [{"ratio": _longest(ratio), "rate": rate} for ratio, rate in self.ratios]
         return {"long_steps": self.has_long_steps, "ratios": ratios}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -474,6 +540,11 @@ class RadialProjection(NormDynCallback):
                 f"{type(optimizer).__name__} into a decoupled one. Give a number, "
                 f"weight_decay=..., or use AdamW or SGD."
             )
+
+
+def _longest(ratio: HostCopy) -> float:
+    # What is `largest_of` all vectors may still be a few numbers, none where there is no vector.
+    return max(ratio.get().flatten().tolist(), default=0.0)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Rotation control: every step turns a weight by a given angle, whatever its optimizer would have
-it turn by, and its norm may be held."""
+it turn by, and its norm may be held.
+
+Over 500 lines, because a rule, its formula and its worker are read together.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rotation
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, are_treated, guarded
 from lightning_normdyn.engine.refusals import refuse_16_bits
 from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.formulas import displacement, work_out
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     LARGEST_SHARE,
@@ -46,6 +50,145 @@ from lightning_normdyn.steering import (
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 
+def turned(
+    ww: Tensor,
+    wd: Tensor,
+    dd: Tensor,
+    rotation: Rotation,
+    rates: Tensor | None,
+    told: Tensor | None,
+    decays: Tensor | None,
+    owned: Tensor | None,
+    counts: Tensor,
+    bad: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+    names: tuple[str, ...],
+    *memory: Tensor,
+) -> tuple[Tensor, ...]:
+    """How the step of each vector is steered.
+
+    Args:
+        ww: sums of the step, as `lightning_normdyn.steering.rotation_stretch` takes them.
+        wd: the same.
+        dd: the same.
+        rotation: what is asked for.
+        rates: learning rates; None where nothing goes by them.
+        told: the angle itself under ``"equilibrium"``; else the largest rate that the param group
+            names, None if it names none.
+        decays: decoupled decays; None where this rule applies none.
+        owned: bool: whether they are this rule's.
+        counts: how often each vector could not be steered so far.
+        bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
+        active: the same.
+        skipped: the same.
+        names: of what is remembered of each vector.
+        memory: that.
+
+    Returns:
+        The stretch; the factor; the coefficient of the weight before the step; the angle that was
+        asked for, NaN where no stretch reaches it; ``counts``; ``bad``; and what is remembered, in
+        the same order.
+    """
+    kept = dict(zip(names, memory, strict=True))
+    treated = are_treated(torch.ones_like(bad), active, skipped)
+    lost = torch.zeros_like(ww)
+    if decays is not None:
+        assert rates is not None
+        assert owned is not None
+        share = (rates * decays).clamp(max=LARGEST_SHARE) * owned
+        lost, bad = guarded(share, 0.0, bad, active, skipped)
+        # The step starts from the weight that decay has left, in the same direction.
+        ww, wd = ww * (1 - lost).square(), wd * (1 - lost)
+    angle = _asked_angle(rotation, ww, rates, told, kept)
+    stretch = _stretch(rotation, (ww, wd, dd), angle, treated, kept)
+    is_finite = (ww + wd + dd).isfinite()
+    # An angle that no stretch reaches is no fault of the weight: the step stays as it is.
+    is_clamped = stretch.isnan() & is_finite
+    stretch = stretch.where(~is_clamped, 1.0).where(is_finite, nan)
+    stretch, bad = guarded(stretch, 1.0, bad, active, skipped)
+    counts = counts + (is_clamped & treated)
+    scale = torch.ones_like(stretch)
+    if rotation.norm == "hold":
+        length = _length(rotation, ww, treated, kept)
+        after = stretched_norm(ww, wd, dd, stretch)
+        # A vector that is zero after its step has no direction in which to be held.
+        is_held = (length > 0) & ~(after == 0)
+        scale = (length / after).where(is_held, 1.0)
+        scale, bad = guarded(scale, 1.0, bad, active, skipped)
+        kept["log_scale"] = kept["log_scale"] + scale.log()
+    # One that no stretch reaches is no promise.
+    promised = angle.where(~is_clamped, nan)
+    return stretch, scale, -lost, promised, counts, bad, *(kept[name] for name in names)
+
+
+def _asked_angle(
+    rotation: Rotation,
+    ww: Tensor,
+    rates: Tensor | None,
+    told: Tensor | None,
+    kept: dict[str, Tensor],
+) -> Tensor:
+    """``(n,)``, radians: by how much this step is to turn each vector."""
+    if rotation.angle == "equilibrium":
+        assert told is not None
+        return told
+    if rotation.angle == "lr":
+        assert rates is not None
+        return rates.atan()
+    if rotation.follows == "constant":
+        return torch.full_like(ww, rotation.angle)
+    assert rates is not None
+    # The rate of this step over the largest of the schedule, as far as is known. Where a step works
+    # its rate out by itself, the numbers of the group are another scale.
+    newest = rates if told is None else torch.fmax(rates, told)
+    largest = kept["lr_max"] = torch.fmax(kept["lr_max"], newest)
+    # A warm-up from 0 that no key of the group tells of: at a rate of 0 nothing turns.
+    share = torch.where(largest > 0, rates / largest, 0.0)
+    return rotation.angle * (share.sqrt() if rotation.follows == "sqrt_lr" else share)
+
+
+def _stretch(
+    rotation: Rotation,
+    sums: tuple[Tensor, Tensor, Tensor],
+    angle: Tensor,
+    treated: Tensor,
+    kept: dict[str, Tensor],
+) -> Tensor:
+    """``(n,)``, f; NaN where no stretch turns a vector by ``angle``."""
+    past = rotation.smoothing
+    if not past:
+        return rotation_stretch(*sums, angle, rotation.bound)
+    tangent = step_tangent(*sums)
+    is_known = ~tangent.isnan()
+    counts = is_known & treated
+    before, steps = kept["mean_square_tangent"], kept["averaged_steps"]
+    mean = (past * before + (1 - past) * tangent.square()).where(counts, before)
+    steps = steps + counts
+    kept["mean_square_tangent"], kept["averaged_steps"] = mean, steps
+    # As in Adam: the mean starts at 0, and its first values are too small by this factor.
+    corrected = mean / (1 - past**steps)
+    stretch = stretch_to_tangent(corrected.sqrt(), angle, rotation.bound)
+    return stretch.where(is_known | (angle == 0), nan)
+
+
+def _length(
+    rotation: Rotation,
+    square: Tensor,
+    treated: Tensor,
+    kept: dict[str, Tensor],
+) -> Tensor:
+    """``(n,)``: the length at which each vector is held, 0 until it is known."""
+    if rotation.target_norm != "initial":
+        return torch.full_like(square, rotation.target_norm)
+    # Taken at the first step that a weight really makes: one that is frozen may be changed by hand
+    # until then.
+    known = kept["initial_norm"]
+    is_new = (known == 0) & square.isfinite() & treated
+    kept["initial_norm"] = torch.where(is_new, square.sqrt(), known)
+    return kept["initial_norm"]
+
+
 class RotationWorker(Worker["RotationControl"]):
     """Steers the steps of the targets of one optimizer."""
 
@@ -54,28 +197,19 @@ class RotationWorker(Worker["RotationControl"]):
         rule, plan = self.rule, self.plan
         refuse_16_bits(type(rule).__name__, plan)
         plan.counter("clamped")
-        self.lengths = self._target_lengths()
-        if self.lengths is not None:
-            plan.published["log_scale"] = plan.state("log_scale", 0.0)
-        self.largest_rate = plan.state("lr_max", 0.0) if rule.follows_schedule else None
+        names = ["initial_norm"] if rule.norm == "hold" and rule.target_norm == "initial" else []
+        if rule.norm == "hold":
+            names.append("log_scale")
+        if rule.follows_schedule:
+            names.append("lr_max")
         if rule.smoothing:
-            self.mean_square = plan.state("mean_square_tangent", 0.0)
-            self.averaged = plan.state("averaged_steps", 0.0)
+            names += ["mean_square_tangent", "averaged_steps"]
+        self.memory = {name: plan.state(name, 0.0) for name in names}
+        """By name, ``(n,)`` each: what is remembered of each vector."""
+        if rule.norm == "hold":
+            plan.published["log_scale"] = self.memory["log_scale"]
         if rule.weight_decay == "replace":
             self.claim_decay(DecayOwner.ROTATION)
-
-    def _target_lengths(self) -> Tensor | None:
-        """``(n,)``: the length at which each vector is held, 0 until it is known; None if norms are
-        free."""
-        if self.rule.norm == "free":
-            return None
-        vectors = self.plan.vectors
-        if self.rule.target_norm == "initial":
-            # Taken at the first step that a weight really makes: one that is frozen may be changed
-            # by hand until then.
-            return self.plan.state("initial_norm", 0.0)
-        length = float(self.rule.target_norm)
-        return torch.full((vectors.n,), length, dtype=vectors.sum_dtype, device=vectors.device)
 
     @during(Phase.MEASURE)
     def look(self, step: Step) -> None:
@@ -85,94 +219,46 @@ class RotationWorker(Worker["RotationControl"]):
     @during(Phase.PROJECT)
     def steer(self, step: Step) -> None:
         """w <- c (s + f (w' - s)), with f for the angle and c for the norm."""
-        rule, plan = self.rule, self.plan
+        plan = self.plan
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        ww, wd, dd = vectors.displacement(before, exact=True)
-        share = self._decayed_share(step)
-        if share is not None:
-            # The step starts from the weight that decay has left, in the same direction.
-            ww, wd = ww * (1 - share).square(), wd * (1 - share)
-        angle = self._angles(step)
-        stretch = self._stretch(step, (ww, wd, dd), angle)
-        is_finite = (ww + wd + dd).isfinite()
-        # An angle that no stretch reaches is no fault of the weight: the step stays as it is.
-        is_clamped = stretch.isnan() & is_finite
-        stretch = plan.guard(stretch.where(~is_clamped, 1.0).where(is_finite, nan), 1.0, step)
-        plan.count("clamped", plan.guard(is_clamped.to(ww.dtype), 0.0, step), step)
-        scale = torch.ones_like(stretch)
-        if self.lengths is not None:
-            self._remember_lengths(step, ww)
-            after = stretched_norm(ww, wd, dd, stretch)
-            # A vector that is zero after its step has no direction in which to be held.
-            is_held = (self.lengths > 0) & ~(after == 0)
-            scale = plan.guard((self.lengths / after).where(is_held, 1.0), 1.0, step)
-            plan.published["log_scale"] += scale.log()
-        if rule.rotation.sets_angle:
-            # One that no stretch reaches is no promise.
-            plan.published["target_angle"] = angle.where(~is_clamped, nan)
+        rotation = self.rule.rotation
+        decays, owned = self._decays(step)
+        numbers = rotation, self._rates(), self._told(step), decays, owned
+        counts = plan.counters["clamped"]
+        memory = tuple(self.memory), *self.memory.values()
+        results = work_out(
+            vectors,
+            turned,
+            displacement(vectors, before),
+            (*numbers, counts, *plan.guards(step), *memory),
+            (None, None, None, None, None, plan.bad, *self.memory.values()),
+        )
+        stretch, scale, lost, promised, counts = results[:5]
+        plan.count("clamped", counts, step)
+        if rotation.sets_angle:
+            plan.published["target_angle"] = promised
         vectors.stretch_(before, stretch, scale)
-        if share is not None:
-            vectors.add_scaled_(-share, before)
-
-    def _stretch(
-        self,
-        step: Step,
-        sums: tuple[Tensor, Tensor, Tensor],
-        angle: Tensor,
-    ) -> Tensor:
-        """``(n,)``, f; NaN where no stretch turns a vector by ``angle``."""
-        rule = self.rule
-        if not rule.smoothing:
-            return rotation_stretch(*sums, angle, rule.bound)
-        tangent = step_tangent(*sums)
-        is_known = ~tangent.isnan()
-        treated = self.plan.treated(step)
-        counts = is_known if treated is None else is_known & treated
-        mean = rule.smoothing * self.mean_square + (1 - rule.smoothing) * tangent.square()
-        self.mean_square.copy_(mean.where(counts, self.mean_square))
-        self.averaged += counts
-        # As in Adam: the mean starts at 0, and its first values are too small by this factor.
-        corrected = self.mean_square / (1 - rule.smoothing**self.averaged)
-        stretch = stretch_to_tangent(corrected.sqrt(), angle, rule.bound)
-        return stretch.where(is_known | (angle == 0), nan)
-
-    def _remember_lengths(self, step: Step, square: Tensor) -> None:
-        """Vectors that step for the first time are held at the norm that they have now."""
-        if self.rule.target_norm != "initial" or self.lengths is None:
-            return
-        treated = self.plan.treated(step)
-        is_new = (self.lengths == 0) & square.isfinite()
-        if treated is not None:
-            is_new &= treated
-        self.lengths.copy_(torch.where(is_new, square.sqrt(), self.lengths))
+        if decays is not None:
+            vectors.add_scaled_(lost, before)
 
     # -- the angle
 
-    def _angles(self, step: Step) -> Tensor:
-        """``(n,)``, radians: by how much this step is to turn each vector."""
+    def _rates(self) -> Tensor | None:
+        """``(n,)``: the learning rates, where something goes by them."""
+        rule = self.rule
+        goes_by_rate = rule.angle == "lr" or rule.follows_schedule or rule.applies_decay
+        return self.plan.rates() if goes_by_rate else None
+
+    def _told(self, step: Step) -> Tensor | None:
+        """``(n,)``: see `turned`."""
         rule, plan = self.rule, self.plan
         if rule.angle == "equilibrium":
             return self._settled_angles(step)
-        if rule.angle == "lr":
-            return plan.rates().atan()
-        if self.largest_rate is None:
-            return torch.full_like(plan.bad, rule.angle, dtype=plan.vectors.sum_dtype)
-        share = self._share_of_largest_rate(self.largest_rate)
-        return rule.angle * (share.sqrt() if rule.follows == "sqrt_lr" else share)
-
-    def _share_of_largest_rate(self, largest: Tensor) -> Tensor:
-        """``(n,)``: the rate of this step over the largest of the schedule, as far as is known."""
-        plan = self.plan
-        rates = plan.rates()
-        newest = rates
-        # Where a step works its rate out by itself, the numbers of the group are another scale.
-        if has_plain_rate(plan.optimizer):
-            named = [largest_number(*named_rates(group)) for group, _ in plan.groups]
-            newest = torch.fmax(newest, plan.spread_groups("named_rates", named))
-        largest.copy_(torch.fmax(largest, newest))
-        # A warm-up from 0 that no key of the group tells of: at a rate of 0 nothing turns.
-        return torch.where(largest > 0, rates / largest, 0.0)
+        if not rule.follows_schedule or not has_plain_rate(plan.optimizer):
+            return None
+        named = [largest_number(*named_rates(group)) for group, _ in plan.groups]
+        return plan.spread_groups("named_rates", named)
 
     def _settled_angles(self, step: Step) -> Tensor:
         """``(n,)``: what optimizer, rate and decay would settle at."""
@@ -195,16 +281,15 @@ class RotationWorker(Worker["RotationControl"]):
 
     # -- the decay
 
-    def _decayed_share(self, step: Step) -> Tensor | None:
-        """``(n,)``: the share of each vector that decay takes away in this step; None where this
-        rule applies none."""
+    def _decays(self, step: Step) -> tuple[Tensor | None, Tensor | None]:
+        """``(n,)`` each: the decay of each vector, and whether it is this rule's; None where it
+        applies none."""
         plan = self.plan
-        if self.rule.applies_decay:
-            decays = [self._decay_rate(group) for group, _ in plan.groups]
-            share = plan.rates() * plan.spread_groups("rotation_decay", decays)
-            share = share.clamp(max=LARGEST_SHARE) * plan.owns_decay(step, DecayOwner.ROTATION)
-            return plan.guard(share, 0.0, step)
-        return None
+        if not self.rule.applies_decay:
+            return None, None
+        decays = [self._decay_rate(group) for group, _ in plan.groups]
+        owned = plan.owns_decay(step, DecayOwner.ROTATION)
+        return plan.spread_groups("rotation_decay", decays), owned
 
     def _decay_rate(self, group: Mapping[str, Any]) -> Number:
         setting = "RotationControl(norm='free')"

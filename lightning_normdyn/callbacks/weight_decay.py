@@ -84,6 +84,7 @@ def pulled(
     shares: Tensor,
     rates: Tensor | None,
     owned: Tensor,
+    counts: Tensor,
     bad: Tensor,
     active: Tensor | None,
     skipped: Tensor | None,
@@ -94,19 +95,19 @@ def pulled(
         shares: ``(n,)``, of the weight, or of the weight times the learning rate.
         rates: learning rates; None: the shares are without.
         owned: bool: vectors whose decay this is.
+        counts: how often the share of each vector was clamped.
         bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
         active: the same.
         skipped: the same.
 
     Returns:
-        The share that it loses, the factor that this leaves, ``bad``, and 1 where the share was
-        clamped, else 0.
+        The share that it loses, the factor that this leaves, ``bad`` and ``counts``.
     """
     pull = shares if rates is None else shares * rates
     pull = pull * owned
     is_clamped = are_treated(pull > LARGEST_SHARE, active, skipped)
     pull, bad = guarded(pull.clamp(max=LARGEST_SHARE), 0.0, bad, active, skipped)
-    return pull, 1 - pull, bad, is_clamped.to(pull.dtype)
+    return pull, 1 - pull, bad, counts + is_clamped
 
 
 class PacedDecay(Worker["WeightDecay"]):
@@ -124,26 +125,67 @@ class PacedDecay(Worker["WeightDecay"]):
 
     # -- how strongly
 
-    def _pull(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _pull(self, step: Step) -> Tensor:
         """The share that each vector loses, ``(n,)``, 0 where somebody else owns its decay or it
-        cannot be treated; and the factor that this leaves of it."""
+        cannot be treated."""
+        known = self._known_pulls(step)
+        if known is not None:
+            return self.plan.spread_groups("pull", known)
+        return self._worked_out(step)[0]
+
+    def _kept(self, step: Step) -> Tensor:
+        """The factor that `_pull` leaves of each vector, ``(n,)``."""
+        known = self._known_pulls(step)
+        if known is not None:
+            return self.plan.spread_groups("kept", [1 - pull for pull in known])
+        return self._worked_out(step)[1]
+
+    def _known_pulls(self, step: Step) -> list[Number] | None:
+        """`pulled` by param group, where the host knows all of it: then nothing is launched as long
+        as no number changes. None where it does not."""
         plan = self.plan
-        pace = self.rule.rate
-        shares: list[Number] = []
-        for place, (group, _) in enumerate(plan.groups):
-            share = self._strength(group)
-            if pace in ("lr_squared", "schedule"):
-                share = share * self._of_largest(place, group)
-            shares.append(share)
+        shares = self._shares()
+        rates = plan.group_rates() if self._goes_by_rate else [1.0] * len(shares)
+        is_plain = step.skipped is None and plan.active(step) is None
+        if not is_plain or rates is None or not plan.owns_all(step, DecayOwner.WEIGHT_DECAY):
+            return None
+        pulls: list[Number] = []
+        for share, rate in zip(shares, rates, strict=True):
+            if isinstance(share, Tensor) or isinstance(rate, Tensor):
+                return None
+            # What is clamped, or no number, is counted vector by vector.
+            if not 0 <= share * rate <= LARGEST_SHARE:
+                return None
+            pulls.append(share * rate)
+        plan.guards(step)
+        return pulls
+
+    def _worked_out(self, step: Step) -> tuple[Tensor, Tensor]:
+        plan = self.plan
         # Read at every step: a rate that was remembered would miss what a schedule does.
-        rates = plan.rates() if pace in ("lr", "lr_squared") else None
+        rates = plan.rates() if self._goes_by_rate else None
         # AWS goes first where both are on a weight: one decay, not two.
         owned = plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
-        numbers = plan.spread_groups("decay_share", shares), rates, owned, *plan.guards(step)
+        shares = plan.spread_groups("decay_share", self._shares())
+        numbers = shares, rates, owned, plan.counters["clamped"], *plan.guards(step)
         into = None, None, plan.bad
-        pull, factor, _, is_clamped = work_out(plan.vectors, pulled, None, numbers, into)
-        plan.count("clamped", is_clamped, step)
+        pull, factor, _, counts = work_out(plan.vectors, pulled, None, numbers, into)
+        plan.count("clamped", counts, step)
         return pull, factor
+
+    @property
+    def _goes_by_rate(self) -> bool:
+        return self.rule.rate in ("lr", "lr_squared")
+
+    def _shares(self) -> list[Number]:
+        """By param group: what a vector loses, or what times the learning rate it loses."""
+        shares: list[Number] = []
+        for place, (group, _) in enumerate(self.plan.groups):
+            share = self._strength(group)
+            if self.rule.rate in ("lr_squared", "schedule"):
+                share = share * self._of_largest(place, group)
+            shares.append(share)
+        return shares
 
     def _strength(self, group: Group) -> Number:
         """λ of a param group."""
@@ -240,8 +282,7 @@ class DecayWorker(PacedDecay):
     @during(Phase.SHRINK)
     def decay(self, step: Step) -> None:
         """w <- (1 - p) w, at the weight that the gradient was taken at."""
-        _, factor = self._pull(step)
-        self.shrinker.shrink(step, factor)
+        self.shrinker.shrink(step, self._kept(step))
 
     def effect(self, target: Target) -> Effect:
         """It shrinks the whole weight."""
@@ -266,7 +307,7 @@ class CautiousDecayWorker(PacedDecay):
         """Have the weights copied before the update: only the step tells which entries decay."""
         self.shortened = None
         step.bracket.request_snapshot(self.plan.vectors.storages())
-        self.pull, _ = self._pull(step)
+        self.pull = self._pull(step)
 
     @during(Phase.LOOK_AGAIN)
     def keep_signs(self, step: Step) -> None:

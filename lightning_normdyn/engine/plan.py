@@ -194,7 +194,7 @@ class Plan:
         self._fixed_rates: Tensor | None = None
         self._values: dict[str, tuple[list[Any], Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-        self._owned: dict[DecayOwner, tuple[Mapping[Tensor, DecayOwner], Tensor]] = {}
+        self._owned: dict[DecayOwner, tuple[Mapping[Tensor, DecayOwner], Tensor, bool]] = {}
         self._removers: list[Callable[[], None]] = []
         if not has_plain_rate(self.optimizer):
             # Before everybody who asks for rates in this step: an empty `order` sorts first.
@@ -249,13 +249,22 @@ class Plan:
         if self._fixed_rates is not None:
             return self._fixed_rates
         # One number per group is one write each; one per weight only where it must be.
-        if not any(facts_of(self.optimizer, group).rate_by_weight for group, _ in self.groups):
-            by_group = [self._rate(group, group["params"][0]) for group, _ in self.groups]
+        by_group = self.group_rates()
+        if by_group is not None:
             return self.spread_groups("rate", by_group)
         rates = self._empty()
         for target, where in zip(self.targets, self.vectors.slices, strict=True):
             rates[where] = self._rate(self.group_of(target), target.weight)
         return rates
+
+    def group_rates(self) -> list[Number] | None:
+        """`rates` by param group, each a number of the host or a tensor; None where they differ
+        within a group, or are those of the start of the step."""
+        if self._fixed_rates is not None:
+            return None
+        if any(facts_of(self.optimizer, group).rate_by_weight for group, _ in self.groups):
+            return None
+        return [self._rate(group, group["params"][0]) for group, _ in self.groups]
 
     def _fix_rates(self) -> None:
         """Read the rates of the coming step, for all of its phases: after the update the
@@ -346,14 +355,23 @@ class Plan:
 
     def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
         """``(n,)`` bool: vectors whose decay is ``owner``'s to apply."""
+        return self._ownership(step, owner)[1]
+
+    def owns_all(self, step: Step, owner: DecayOwner) -> bool:
+        """Whether `owns_decay` is true of all vectors."""
+        return self._ownership(step, owner)[2]
+
+    def _ownership(
+        self, step: Step, owner: DecayOwner
+    ) -> tuple[Mapping[Tensor, DecayOwner], Tensor, bool]:
         # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
         known = self._owned.get(owner)
         # The same object as long as all claims are the same.
         if known is None or known[0] is not owners:
             is_owned = [owners.get(target.weight) == owner for target in self.targets]
-            known = self._owned[owner] = owners, self.spread(is_owned)
-        return known[1]
+            known = self._owned[owner] = owners, self.spread(is_owned), all(is_owned)
+        return known
 
     def taken_from(self, other: Plan, values: Tensor) -> Tensor:
         """``(n,)``: what ``values`` of the vectors of ``other``, a plan for the same optimizer, say
@@ -435,15 +453,27 @@ class Plan:
     def count(
         self,
         key: str,
-        values: Tensor,
+        counted: Tensor,
         step: Step,
     ) -> None:
-        """Add ``(n,)`` 0/1 values to a `counter`, after the update."""
-        # Not now: if this step raises before its update, nothing has happened that could count.
-        step.when_updated(partial(self._add, key, values))
+        """Set a `counter` after the update, once in a step.
 
-    def _add(self, key: str, values: Tensor) -> None:
-        self.counters[key] += values
+        Args:
+            key: names it.
+            counted: ``(n,)``, what it was and what this step adds.
+            step: the step.
+        """
+        # Not now: if this step raises before its update, nothing has happened that could count.
+        step.when_updated(partial(self._set_counter, key, counted))
+
+    def _set_counter(self, key: str, counted: Tensor) -> None:
+        counter = self.counters[key]
+        # A CUDA graph reads and writes where things lay when it was captured.
+        if counted.is_cuda and torch.cuda.is_current_stream_capturing():
+            counter.copy_(counted)
+        else:
+            # Its memory is taken over: to add it up now would be one more launch in each step.
+            counter.set_(counted)  # type: ignore[call-overload]
 
     def mark(self, event: str) -> None:
         """Note that something happened to these weights in this step; the monitor writes it into

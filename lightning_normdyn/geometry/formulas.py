@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import passes
 from .fusion import Formula
+from .kernels import Kernels
 from .passes import Operand, Pass
 from .triton_kernels import TritonKernels, radial_of_step
 from .triton_tables import Unfit
@@ -28,12 +29,16 @@ class Sums:
     Args:
         how: the pass that takes them.
         operands: what it reads.
-        numbers: ``(n,)`` each, what it takes besides.
+        rates: ``(n,)`` each: the step is minus this times the direction that is read.
     """
 
     how: Pass
     operands: Sequence[Operand]
-    numbers: Sequence[Tensor] = ()
+    rates: Sequence[Tensor] = ()
+
+    def take(self, kernels: Kernels) -> Tensor:
+        """This rank's part of them, ``(K, n)``."""
+        return kernels.sums(self.how, self.operands, [-rate for rate in self.rates])
 
 
 def squares(vectors: WeightVectors, *, exact: bool = False) -> Sums:
@@ -42,6 +47,11 @@ def squares(vectors: WeightVectors, *, exact: bool = False) -> Sums:
     in_float64 = exact and vectors.sum_dtype == torch.float64
     how = passes.EXACT_SQUARES if in_float64 else passes.SQUARES
     return Sums(how, [vectors.values()])
+
+
+def products(vectors: WeightVectors, others: Operand) -> Sums:
+    """<w, w>, <w, x> and <x, x> with x = ``others``; right to float32 rounding."""
+    return Sums(passes.PRODUCTS, [vectors.values(), others])
 
 
 def moments(vectors: WeightVectors) -> Sums:
@@ -63,11 +73,24 @@ def radial(vectors: WeightVectors, before: Operand) -> Sums:
 def radial_part_of_step(
     vectors: WeightVectors,
     direction: Operand,
-    length: Tensor,
+    rate: Tensor,
 ) -> Sums:
-    """<w, w>, <w, Δ> and <direction, direction> with Δ = ``length * direction``."""
+    """<w, w>, <w, Δ> and <direction, direction> with Δ = ``-rate * direction``, as SGD steps."""
     operands = [direction, vectors.values_beside(direction)]
-    return Sums(passes.RADIAL_OF_STEP, operands, [length])
+    return Sums(passes.RADIAL_OF_STEP, operands, [rate])
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Sums that have been taken, and completed over ranks.
+
+    Args:
+        values: ``(K, n)``; or ``(K, S)``, still to be added up from the slots of each vector.
+        from_slots: which of the two.
+    """
+
+    values: Tensor
+    from_slots: bool
 
 
 def fuses_formulas(vectors: WeightVectors) -> bool:
@@ -78,7 +101,7 @@ def fuses_formulas(vectors: WeightVectors) -> bool:
 def work_out(
     vectors: WeightVectors,
     formula: Formula,
-    sums: Sums | None,
+    sums: Sums | Taken | None,
     arguments: Sequence[Any] = (),
     into: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, ...]:
@@ -89,31 +112,37 @@ def work_out(
     Args:
         vectors: the index space.
         formula: a function of a module (it is known by its identity) that changes nothing in
-            place.
+            place. Of a result that is `largest_of` all vectors there may be several numbers: the
+            largest of these.
         sums: what it takes first; None: nothing.
-        arguments: tensors, ``(n,)`` or of no dimension, and whatever else it takes.
+        arguments: tensors, ``(n,)`` or of no dimension, and whatever else it takes. One that the
+            formula only takes entries of, by ``(n,)`` indices, may have any length.
         into: for each result the tensor to write it to, or None; may be shorter.
 
     Returns:
         The results, ``(n,)`` each.
     """
     kernels = vectors._kernels
-    taken: Tensor | None = None
     if isinstance(kernels, TritonKernels):
         try:
-            if sums is None or not vectors.cut:
+            if not isinstance(sums, Sums):
+                return _of_taken(kernels, formula, sums, arguments, into)
+            if not vectors.cut:
                 return _from_slots(kernels, formula, sums, arguments, into)
-            # Parts of vectors are added up over ranks first. Before anything can fail: a rank that
-            # takes part in a collective twice would wait for ever.
-            taken = vectors.sum_(kernels.sums(sums.how, sums.operands, sums.numbers))
-            return kernels.rule(formula, taken, arguments, into, from_slots=False)
         except Unfit:
             pass
+    if isinstance(sums, Sums):
+        # Parts of vectors are added up over ranks. Before anything can fail: a rank that takes part
+        # in a collective twice would wait for ever.
+        sums = Taken(vectors.sum_(sums.take(kernels)), from_slots=False)
+        if isinstance(kernels, TritonKernels) and vectors.cut:
+            try:
+                return _of_taken(kernels, formula, sums, arguments, into)
+            except Unfit:
+                pass
     rows: Sequence[Tensor] = ()
     if sums is not None:
-        if taken is None:
-            taken = vectors.sum_(kernels.sums(sums.how, sums.operands, sums.numbers))
-        rows = taken.unbind()
+        rows = _complete(kernels, sums).unbind()
     results = formula(*rows, *arguments)
     for destination, result in zip(into, results, strict=False):
         if destination is not None:
@@ -121,21 +150,96 @@ def work_out(
     return results
 
 
+def take_with_totals(
+    vectors: WeightVectors,
+    sums: Sums,
+    formula: Formula,
+    constants: Sequence[Any] = (),
+) -> tuple[Taken, Tensor]:
+    """Sums for `work_out`, and over the vectors of each weight the totals of what a formula makes
+    of them; in one collective, which every rank must call.
+
+    Args:
+        vectors: the index space.
+        sums: what to take.
+        formula: of the sums, the number of entries of each vector, and the constants.
+        constants: no tensors.
+
+    Returns:
+        The sums, and ``(J, weights)``.
+    """
+    kernels = vectors._kernels
+    if isinstance(kernels, TritonKernels) and not vectors.cut:
+        try:
+            slots = _slots_of(kernels, sums)
+            numbers = [vectors.length, *constants]
+            if vectors.spoken is not None:
+                formula, numbers = _of_spoken(formula), [*numbers, vectors.spoken]
+            totals = kernels.totals(formula, slots, numbers, vectors.starts)
+            return Taken(slots, from_slots=True), vectors.over_ranks(totals)
+        except Unfit:
+            pass
+
+    def summarize(rows: Tensor, length: Tensor) -> Tensor:
+        return torch.stack(formula(*rows, length, *constants))
+
+    packed = sums.take(kernels)
+    totals = vectors.complete_with_totals(packed, summarize)
+    return Taken(packed, from_slots=False), totals
+
+
+def largest_of(values: Tensor) -> Tensor:
+    """The largest of ``(n,)`` numbers that are at least 0; 0 on a rank that holds no vector. A
+    formula may have it as a result."""
+    return values.amax() if values.numel() else values.new_zeros(())
+
+
 def _from_slots(
     kernels: TritonKernels,
     formula: Formula,
-    sums: Sums | None,
+    sums: Sums,
     arguments: Sequence[Any],
     into: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    if sums is None:
-        return kernels.rule(formula, None, arguments, into, from_slots=False)
-    slots = kernels.slots(sums.how, sums.operands)
-    if sums.how is passes.RADIAL:
-        slots = slots[:2]
+    slots = _slots_of(kernels, sums)
     if sums.how is passes.RADIAL_OF_STEP:
         formula = _of_step(formula)
-    return kernels.rule(formula, slots, [*sums.numbers, *arguments], into, from_slots=True)
+    return kernels.rule(formula, slots, [*sums.rates, *arguments], into, from_slots=True)
+
+
+def _slots_of(kernels: TritonKernels, sums: Sums) -> Tensor:
+    slots = kernels.slots(sums.how, sums.operands)
+    return slots[:2] if sums.how is passes.RADIAL else slots
+
+
+def _of_taken(
+    kernels: TritonKernels,
+    formula: Formula,
+    taken: Taken | None,
+    arguments: Sequence[Any],
+    into: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    if taken is None:
+        return kernels.rule(formula, None, arguments, into, from_slots=False)
+    return kernels.rule(formula, taken.values, arguments, into, from_slots=taken.from_slots)
+
+
+def _complete(kernels: Kernels, taken: Taken) -> Tensor:
+    """The sums of each vector, ``(K, n)``."""
+    if taken.from_slots and isinstance(kernels, TritonKernels):
+        return kernels.combined(taken.values)
+    return taken.values
+
+
+@cache
+def _of_spoken(formula: Formula) -> Formula:
+    """The same formula of the vectors that a rank speaks for, 0 of the others."""
+
+    def of_spoken(*numbers: Any) -> tuple[Tensor, ...]:
+        *given, spoken = numbers
+        return tuple(result.where(spoken, 0.0) for result in formula(*given))
+
+    return of_spoken
 
 
 @cache
@@ -143,8 +247,8 @@ def _of_step(formula: Formula) -> Formula:
     """The same formula of the sums that a launch over a step finds."""
 
     def of_slots(
-        vv: Tensor, vd: Tensor, dd: Tensor, length: Tensor, *arguments: Any
+        vv: Tensor, vd: Tensor, dd: Tensor, rate: Tensor, *arguments: Any
     ) -> tuple[Tensor, ...]:
-        return formula(*radial_of_step(vv, vd, dd, length), *arguments)
+        return formula(*radial_of_step(vv, vd, dd, -rate), *arguments)
 
     return of_slots

@@ -39,7 +39,18 @@ _COMPARED = {
 _LOGICAL = {
     aten.bitwise_and: "&", aten.bitwise_or: "|", aten.logical_and: "&", aten.logical_or: "|",
 }  # fmt: skip
-_CALLS = {aten.sqrt: "tl.sqrt", aten.abs: "tl.abs", aten.log: "tl.log", aten.exp: "tl.exp"}
+_CALLS = {
+    aten.sqrt: "tl.sqrt", aten.abs: "tl.abs", aten.log: "tl.log", aten.exp: "tl.exp",
+    aten.floor: "tl.floor", aten.atan: "atan", aten.tan: "tan", aten.log1p: "log1p",
+}  # fmt: skip
+_SECOND_WINS = {
+    # The second of two numbers is taken unless this holds; a NaN wins in a maximum, loses in fmax.
+    aten.maximum: "({0} >= {1}) | ({0} != {0})",
+    aten.minimum: "({0} <= {1}) | ({0} != {0})",
+    aten.fmax: "({0} >= {1}) | ({1} != {1})",
+    aten.fmin: "({0} <= {1}) | ({1} != {1})",
+}
+_LARGEST = (aten.amax, aten.max)
 _SAME = {aten.clone, aten.alias, aten.detach, aten._to_copy, aten.lift_fresh_copy}
 
 
@@ -48,16 +59,23 @@ class Source:
     """A program for one formula and one kind of arguments.
 
     Args:
-        text: of a function ``rule(slots, S, first, order, n, i0, i1, ..., o0, ..., V, B)``.
+        text: of a function ``rule(slots, S, first, order, n, starts, i0, i1, ..., o0, ..., V, B)``.
         dtypes: of its results.
+        largest: of which results each program writes only the largest of its vectors.
     """
 
     text: str
     dtypes: tuple[torch.dtype, ...]
+    largest: tuple[bool, ...]
 
 
 def write_source(
-    formula: Formula, sums: int, arguments: Sequence[Any], *, from_slots: bool
+    formula: Formula,
+    sums: int,
+    arguments: Sequence[Any],
+    *,
+    from_slots: bool,
+    totals: bool = False,
 ) -> Source:
     """The program that does what ``formula(*sums, *arguments)`` does.
 
@@ -65,8 +83,10 @@ def write_source(
         formula: what to do.
         sums: how many sums per vector it takes, float64 each.
         arguments: tensors, ``(n,)`` or of no dimension, whose numbers do not matter; everything
-            else becomes part of the program.
+            else becomes part of the program. One that the formula only takes entries of, by
+            indices, may have any length.
         from_slots: whether each sum is still to be added up from the slots of its vector.
+        totals: whether the results are to be summed over the vectors of each weight, float64.
 
     Raises:
         Unfit: for an operation that is not known here.
@@ -76,46 +96,115 @@ def write_source(
         >>> print(source.text.splitlines()[-2])
             v0 = (tl.sqrt(s0)).to(tl.float64)
     """
-    graph = _traced(formula, sums, arguments)
-    lines = ["    v = tl.program_id(0) * V + tl.arange(0, V)", "    there = v < n"]
+    traced = _traced(formula, sums, arguments)
+    lines: list[str] = []
     if from_slots:
-        lines.append("    low = tl.load(first + v, mask=there, other=0)")
-        lines.append("    high = tl.load(first + v + 1, mask=there, other=0)")
+        lines.append("low = tl.load(first + v, mask=there, other=0)")
+        lines.append("high = tl.load(first + v + 1, mask=there, other=0)")
     names: dict[Node, str] = {}
     results: Sequence[Node] = ()
     inputs: list[str] = []
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
             number = len(names)
             if number < sums:
                 names[node] = f"s{number}"
-                lines.append(f"    s{number} = {_sum(number, from_slots=from_slots)}")
+                value = _sum(number, from_slots=from_slots)
             else:
                 inputs.append(f"i{len(inputs)}")
                 names[node] = f"a{len(inputs)}"
-                lines.append(f"    {names[node]} = {_loaded(node, inputs[-1])}")
+                value = _loaded(node, inputs[-1])
+            # What is only looked up in is not read vector by vector: it may be shorter.
+            if _is_looked_up(node):
+                names[node] = inputs[-1]
+            elif node.users:
+                lines.append(f"{names[node]} = {value}")
+        elif node.op == "get_attr":
+            names[node] = _constant(getattr(traced, node.target))
         elif node.op == "call_function":
             names[node] = f"v{sum(name.startswith('v') for name in names.values())}"
             dtype = _type(node)
-            lines.append(f"    {names[node]} = ({_expression(node, names)}).to({dtype})")
-        elif node.op == "output":
-            results = node.args[0]
+            lines.append(f"{names[node]} = ({_expression(node, names)}).to({dtype})")
         else:
-            raise Unfit(f"a formula has a constant of its own: {node.target}")
+            assert node.op == "output"
+            results = node.args[0]
+    largest = tuple(_is_largest(node) for node in results)
     outputs = [f"o{i}" for i in range(len(results))]
-    for output, node in zip(outputs, results, strict=True):
-        lines.append(f"    tl.store({output} + v, {names[node]}, mask=there)")
-    given = ["slots", "S", "first", "order", "n", *inputs, *outputs]
+    values = [names[node] for node in results]
+    if totals:
+        if any(largest):
+            raise Unfit("the largest of all vectors has no total")
+        lines = _per_weight(lines, values, outputs)
+    else:
+        lines = _per_vector(lines, values, outputs, largest)
+    given = ["slots", "S", "first", "order", "n", "starts", *inputs, *outputs]
     head = f"def rule({', '.join(given)}, V: tl.constexpr, B: tl.constexpr):"
-    dtypes = tuple(node.meta["val"].dtype for node in results)
-    return Source("\n".join([head, *lines]) + "\n", dtypes)
+    text = "\n".join([head, *(f"    {line}" for line in lines)]) + "\n"
+    return Source(text, tuple(node.meta["val"].dtype for node in results), largest)
+
+
+def _per_vector(
+    lines: list[str],
+    values: Sequence[str],
+    outputs: Sequence[str],
+    largest: Sequence[bool],
+) -> list[str]:
+    """V vectors for each program, and their results."""
+    stores = []
+    for value, output, is_largest in zip(values, outputs, largest, strict=True):
+        if is_largest:
+            # One number for each program: the host takes the largest of these few.
+            stores.append(f"tl.store({output} + tl.program_id(0), tl.max({value}, 0))")
+        else:
+            stores.append(f"tl.store({output} + v, {value}, mask=there)")
+    return ["v = tl.program_id(0) * V + tl.arange(0, V)", "there = v < n", *lines, *stores]
+
+
+def _per_weight(
+    lines: list[str],
+    values: Sequence[str],
+    outputs: Sequence[str],
+) -> list[str]:
+    """The vectors of one weight for each program, V at a time, and the sums of their results."""
+    totals = [f"t{i}" for i in range(len(outputs))]
+    head = ["weight = tl.program_id(0)", "stop = tl.load(starts + weight + 1)"]
+    head += [f"{total} = tl.zeros([V], dtype=tl.float64)" for total in totals]
+    head.append("for begin in range(tl.load(starts + weight), stop, V):")
+    body = ["v = begin + tl.arange(0, V)", "there = v < stop", *lines]
+    for value, total in zip(values, totals, strict=True):
+        body.append(f"{total} += tl.where(there, {value}.to(tl.float64), 0.0)")
+    tail = []
+    for output, total in zip(outputs, totals, strict=True):
+        tail.append(f"tl.store({output} + weight, tl.sum({total}, 0))")
+    return [*head, *(f"    {line}" for line in body), *tail]
+
+
+def _is_largest(node: Node) -> bool:
+    """Whether a result is the largest of all vectors."""
+    target = getattr(node.target, "overloadpacket", None)
+    return target in _LARGEST and node.meta["val"].ndim == 0
+
+
+def _is_looked_up(node: Node) -> bool:
+    """Whether a formula only takes entries of this argument, by indices."""
+    users = list(node.users)
+    return bool(users) and all(
+        user.target is aten.index.Tensor and user.args[0] is node for user in users
+    )
+
+
+def _constant(value: Tensor) -> str:
+    """A number that a formula has made a tensor of."""
+    if value.ndim:
+        raise Unfit("a formula has a constant of its own")
+    return _literal(value.tolist(), value.dtype)
 
 
 def _traced(
     formula: Formula,
     sums: int,
     arguments: Sequence[Any],
-) -> torch.fx.Graph:
+) -> torch.fx.GraphModule:
     """The operations of a formula, on tensors of any length and without numbers."""
     # Here: it brings half a second of imports, which only those need who have a GPU.
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -138,8 +227,7 @@ def _traced(
     except Exception as error:
         raise Unfit(f"a formula cannot be traced ({error})") from error
     traced.graph.eliminate_dead_code()
-    graph: torch.fx.Graph = traced.graph
-    return graph
+    return traced
 
 
 def _sum(number: int, *, from_slots: bool) -> str:
@@ -159,7 +247,10 @@ def _loaded(node: Node, pointer: str) -> str:
 
 
 def _type(node: Node) -> str:
-    dtype = node.meta["val"].dtype
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise Unfit(f"no program has {node.target}")
+    dtype = value.dtype
     if dtype not in _TYPES:
         raise Unfit(f"a formula has numbers of {dtype}")
     return _TYPES[dtype]
@@ -188,6 +279,17 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
         return f"{value(0, torch.bool)} == 0"
     if packet in _CALLS:
         return f"{_CALLS[packet]}({value(0)})"
+    if packet is aten.atan2:
+        return f"atan2({value(0)}, {value(1)})"
+    if packet in _SECOND_WINS:
+        first, second = value(0), value(1)
+        return f"tl.where({_SECOND_WINS[packet].format(first, second)}, {first}, {second})"
+    if target is aten.index.Tensor:
+        return _looked_up(args, names)
+    if _is_largest(node):
+        # Of the vectors of one program; those beyond the last are less than all others.
+        below = _literal(-math.inf, dtype)
+        return f"tl.where(there, {value(0)}, {below})"
     if packet is aten.isnan:
         own = _common_dtype(args)
         return f"{value(0, own)} != {value(0, own)}"
@@ -200,17 +302,43 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
     if packet in (aten.scalar_tensor, aten.full, aten.full_like):
         fill = args[0] if packet is aten.scalar_tensor else args[1]
         return _literal(fill, dtype)
+    if packet is aten.new_full:
+        return _literal(args[2], dtype)
     if packet in (aten.ones_like, aten.zeros_like):
         return _literal(float(packet is aten.ones_like), dtype)
     if packet is aten.addcdiv and not node.kwargs:
         return f"{value(0)} + {value(1)} / {value(2)}"
-    if packet is aten.pow and args[1] in (2, 2.0):
-        return f"{value(0)} * {value(0)}"
+    if packet is aten.pow:
+        return _power(args, value)
     if packet is aten.clamp:
         return _clamped(value(0), [*args[1:], *node.kwargs.values()], dtype)
     if packet is aten.nan_to_num:
         return _without_nan(value(0), args[1:], dtype)
     raise Unfit(f"no program has {target}")
+
+
+def _power(args: Sequence[Any], value: Callable[[int], str]) -> str:
+    """A whole power, or a power of a positive number."""
+    base, exponent = args
+    if not isinstance(exponent, Node):
+        if exponent != int(exponent) or abs(exponent) > 127:
+            raise Unfit(f"a formula has the power {exponent}")
+        return f"whole_power({value(0)}, {int(exponent)})"
+    if isinstance(base, Node) or not base > 0:
+        raise Unfit("a formula has a power of other numbers")
+    return f"tl.exp({value(1)} * tl.log({value(0)}))"
+
+
+def _looked_up(args: Sequence[Any], names: dict[Node, str]) -> str:
+    """Entries of an argument: one index for each vector."""
+    table, indices = args
+    if len(indices) != 1 or table.op != "placeholder" or not _is_looked_up(table):
+        raise Unfit("a formula takes entries of what it has worked out")
+    (index,) = indices
+    if index.meta["val"].dtype != torch.int64:
+        raise Unfit("a formula takes entries by flags")
+    loaded = f"tl.load({names[table]} + {names[index]}, mask=there, other=0)"
+    return f"{loaded} != 0" if table.meta["val"].dtype == torch.bool else loaded
 
 
 def _value(

@@ -341,6 +341,12 @@ def products(
     return how, operands
 
 
+_A: list[Any] = [object()]
+_B: list[Any] = [object()]
+PRODUCTS, _ = products([(_A, _A), (_A, _B), (_B, _B)], None, None)
+"""<a, a>, <a, b> and <b, b> of two operands, in their own precision."""
+
+
 # ---- Sums of one view ----
 
 

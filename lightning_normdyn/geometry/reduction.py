@@ -166,6 +166,20 @@ class Reduction:
         # What this rank speaks for; a slice where no vector may be left out, which costs nothing.
         self._chosen = slice(None) if self.everywhere else self._speaks
 
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 ``(weights + 1,)``: where the vectors of each weight begin."""
+        counts = torch.tensor([0, *self._counts], dtype=torch.int32, device="cpu")
+        return counts.cumsum(0, dtype=torch.int32).to(self.device)
+
+    @cached_property
+    def spoken(self) -> Tensor | None:
+        """bool ``(n,)``: the vectors that this rank speaks for; None: it may total them alone."""
+        if self.everywhere:
+            return None
+        spoken = self._held_of([s.counted for s in self._sharings])
+        return spoken.to(self.device)
+
     def _held_of(
         self,
         per_weight: Sequence[Tensor],
@@ -299,7 +313,14 @@ class Reduction:
         """
         if self.everywhere:
             return self.per_weight(values)
-        return all_reduce(self._spoken(values, self._speaks), None)
+        return self.over_ranks(self._spoken(values, self._speaks))
+
+    def over_ranks(
+        self,
+        totals: Tensor,
+    ) -> Tensor:
+        """`totals` from those of the vectors that this rank speaks for; in place."""
+        return totals if self.everywhere else all_reduce(totals, None)
 
     def mean_over_copies(
         self,

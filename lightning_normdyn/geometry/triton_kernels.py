@@ -7,6 +7,8 @@ a pass over memory for each operation. These read every entry once per phase.
 What the programs cannot take goes to torch's kernels, call by call: nothing has been written when
 that is decided.
 
+Over 500 lines, because it is one class: what can be launched, and how it is.
+
 Letters: n vectors, W weights, S slots, K sums.
 """
 
@@ -67,7 +69,7 @@ class TritonKernels(Kernels):
     """Of the whole process: a compiler that fails once is not asked again."""
     seconds: ClassVar[dict[Any, float]] = {}
     formulas: ClassVar[dict[Any, Any]] = {}
-    """For each formula and kind of arguments its program and the dtypes of its results."""
+    """For each formula and kind of arguments its program and what was written of it."""
 
     @property
     def fuses(self) -> bool:
@@ -98,7 +100,7 @@ class TritonKernels(Kernels):
     ) -> Tensor:
         """See `Kernels.sums`."""
         try:
-            sums = self._combined(self.slots(how, operands))
+            sums = self.combined(self.slots(how, operands))
         except Unfit:
             return super().sums(how, operands, numbers)
         if how is passes.RADIAL:
@@ -116,6 +118,8 @@ class TritonKernels(Kernels):
         """
         if how is passes.SQUARES:
             return self._slots(operands[0])
+        if how is passes.PRODUCTS:
+            return self._slots(*operands)
         if how is passes.EXACT_SQUARES:
             return self._slots(operands[0], exact=True)
         if how is passes.MOMENTS:
@@ -165,7 +169,7 @@ class TritonKernels(Kernels):
             destination = None if copy is None or number else copy[1]
             b = None if right is None else operands[right]
             slots = self._slots(operands[left], b, ones=ones, exact=exact, copy=destination)
-            sums = self._combined(slots)
+            sums = self.combined(slots)
             found |= dict(zip(_rows(left, right), sums, strict=False))
             if ones:
                 found[left, None] = sums[-1]
@@ -205,7 +209,7 @@ class TritonKernels(Kernels):
         _count_writes(copy)
         return out
 
-    def _combined(self, slots: Tensor) -> Tensor:
+    def combined(self, slots: Tensor) -> Tensor:
         """``(K, n)``: the sums of every vector."""
         tables = self._tables
         out = torch.empty(len(slots), tables.n, dtype=torch.float64, device=self._device)
@@ -235,50 +239,127 @@ class TritonKernels(Kernels):
             into: for each result where to write it; None: somewhere new.
             from_slots: which of the two ``sums`` are.
 
+        Returns:
+            The results, ``(n,)`` each; of the largest of all vectors one number for each program.
+
         Raises:
             Unfit: for a formula that no program can be written for.
         """
-        tables = self._tables
+        n = self._tables.n
+        program, source = self._program_of(formula, sums, arguments, from_slots=from_slots)
+        at_once = self._tables.combining if from_slots else (64, 16)
+        programs = -(-n // at_once[0])
+        results: list[Tensor] = []
+        for number, dtype in enumerate(source.dtypes):
+            destination = into[number] if number < len(into) else None
+            if destination is None:
+                size = programs if source.largest[number] else n
+                destination = torch.empty(size, dtype=dtype, device=self._device)
+            results.append(destination)
+        self._run(program, programs, at_once, sums, arguments, results, from_slots=from_slots)
+        return tuple(results)
+
+    def totals(
+        self,
+        formula: Formula,
+        slots: Tensor,
+        arguments: Sequence[Any],
+        starts: Tensor,
+    ) -> Tensor:
+        """The results of ``formula(*sums, *arguments)``, summed over the vectors of each weight, in
+        one launch.
+
+        Args:
+            formula: as for `rule`.
+            slots: ``(K, S)``.
+            arguments: as for `rule`.
+            starts: int32 ``(weights + 1,)``: where the vectors of each weight begin.
+
+        Returns:
+            ``(J, weights)`` float64.
+        """
+        program, source = self._program_of(formula, slots, arguments, starts=starts)
+        weights = len(starts) - 1
+        totals = torch.empty(len(source.dtypes), weights, dtype=torch.float64, device=self._device)
+        self._run(
+            program,
+            weights,
+            self._tables.totalling,
+            slots,
+            arguments,
+            totals.unbind(),
+            starts=starts,
+        )
+        return totals
+
+    def _program_of(
+        self,
+        formula: Formula,
+        sums: Tensor | None,
+        arguments: Sequence[Any],
+        *,
+        from_slots: bool = True,
+        starts: Tensor | None = None,
+    ) -> tuple[Any, fusion.Source]:
+        """The program of a formula, and its source."""
         count = 0 if sums is None else len(sums)
-        key = (formula, count, from_slots, fusion.signature(arguments))
+        has_totals = starts is not None
+        key = (formula, count, from_slots, has_totals, fusion.signature(arguments))
         if key not in self.formulas:
-            self.formulas[key] = self._written(formula, count, arguments, from_slots)
+            self.formulas[key] = self._written(formula, count, arguments, from_slots, has_totals)
         known = self.formulas[key]
         if isinstance(known, Unfit):
             raise known
-        program, dtypes = known
-        results = []
-        for destination, dtype in zip([*into, *[None] * len(dtypes)], dtypes, strict=False):
-            if destination is None:
-                destination = torch.empty(tables.n, dtype=dtype, device=self._device)
-            results.append(destination)
-        if not tables.n:
-            return tuple(results)
+        program, source = known
+        return program, source
+
+    def _run(
+        self,
+        program: Any,
+        programs: int,
+        at_once: tuple[int, int],
+        sums: Tensor | None,
+        arguments: Sequence[Any],
+        results: Sequence[Tensor],
+        *,
+        from_slots: bool = True,
+        starts: Tensor | None = None,
+    ) -> None:
+        """Launch a formula's program."""
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if any(tensor.device != self._device or not _is_whole(tensor) for tensor in tensors):
             raise Unfit("numbers lie elsewhere")
+        if not programs:
+            return
+        tables = self._tables
+        # Pointers that a program does not use must be some all the same.
         slots = tables.first if sums is None else sums
+        places = tables.first if starts is None else starts
         distance = tables.slots if from_slots else tables.n
-        at_once, slots_at_once = tables.combining if from_slots else (64, 16)
-        given = (slots, distance, tables.first, tables.order, tables.n, *tensors, *results)
-        grid = (-(-tables.n // at_once),)
-        self._launch(program, [(grid, given, (at_once, slots_at_once))])
-        return tuple(results)
+        given = (slots, distance, tables.first, tables.order, tables.n, places, *tensors, *results)
+        self._launch(program, [((programs,), given, at_once)])
 
     def _written(
-        self, formula: Formula, sums: int, arguments: Sequence[Any], from_slots: bool
-    ) -> tuple[Any, tuple[torch.dtype, ...]] | Unfit:
-        """The program of a formula and the dtypes of its results, or why there is none: that is
-        kept as well, since to find it out takes longer than the formula."""
+        self,
+        formula: Formula,
+        sums: int,
+        arguments: Sequence[Any],
+        from_slots: bool,
+        totals: bool,
+    ) -> tuple[Any, fusion.Source] | Unfit:
+        """The program of a formula and its source, or why there is none: that is kept as well,
+        since to find it out takes longer than the formula."""
         # A number that changes at every step would have a program written at every step.
         if sum(other[0] is formula for other in self.formulas) >= MOST_PROGRAMS:
             raise Unfit("the numbers of a formula keep changing")
         try:
-            source = fusion.write_source(formula, sums, arguments, from_slots=from_slots)
+            source = fusion.write_source(
+                formula, sums, arguments, from_slots=from_slots, totals=totals
+            )
         except Unfit as error:
             return error
         name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
-        return programs().program_of(source.text, name), source.dtypes
+        return programs().program_of(source.text, name), source
 
     # ---- Changes, in place ----
 

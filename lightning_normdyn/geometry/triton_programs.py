@@ -6,9 +6,9 @@ they lie, relative to where the weight begins. What a program sums goes to *slot
 each vector's slots are added up in a fixed order. So nothing depends on which program is done first
 (no atomics): the same bits every time.
 
-This file imports nothing of the package and is imported only where Triton will run: to import
-Triton takes half a second, and not everybody has it. Where it is missing the file can still be
-read (by a test runner, for instance), but nothing in it can be called.
+This file and the one that it imports know nothing else of the package and are imported only where
+Triton will run: to import Triton takes half a second, and not everybody has it. Where it is missing
+they can still be read (by a test runner, for instance), but nothing in them can be called.
 
 Letters: n vectors, W weights, S slots, K sums; a, b operands of sums; y a weight that is written,
 x what is added to it; c the coefficient of x, and a copy.
@@ -21,20 +21,14 @@ x what is added to it; c the coefficient of x, and a copy.
 from __future__ import annotations
 
 import linecache
+from contextlib import suppress
 from typing import Any
 
-try:
-    import triton
+from . import triton_functions
+from .triton_functions import program as _program
+
+with suppress(ImportError):  # macOS, Windows
     import triton.language as tl
-except ImportError:  # macOS, Windows
-    triton = None
-
-
-def _program(*args: Any, **options: Any) -> Any:
-    """`triton.jit`; without Triton what is decorated stays a plain function."""
-    if triton is not None:
-        return triton.jit(*args, **options)
-    return args[0] if args else _program
 
 
 # ---- Where the entries of a program lie ----
@@ -371,5 +365,7 @@ def program_of(text: str, name: str) -> Any:
     # Triton reads the source of a function where Python finds it for a traceback.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"tl": tl, "_total": _total, "__name__": __name__}
+    for function in ("atan2", "atan", "tan", "log1p", "whole_power"):
+        namespace[function] = getattr(triton_functions, function)
     exec(compile(text, name, "exec"), namespace)
     return _program(do_not_specialize=["S", "n"])(namespace["rule"])

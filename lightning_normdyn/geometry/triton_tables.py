@@ -103,6 +103,7 @@ class RowTables:
         vectors: int32: the vector of each row; -1: none.
         combining: how many vectors a program of `triton_programs.combine` takes, and how many of
             their slots at a time.
+        totalling: the same for a program that goes through all vectors of a weight.
 
     Raises:
         Unfit: for what `refusal` names, and for rows that lie too far apart.
@@ -156,6 +157,8 @@ class RowTables:
             combining = (64, 16)
         elif longest <= 512:
             combining = (8, 128)
+        # Most vectors have one slot; then a program has room for more of them.
+        self.totalling = (1024, 1) if longest <= 1 else combining
         return self._send(order, torch.int32), self._send(first, torch.int32), combining
 
     def _send(self, values: Array, dtype: torch.dtype) -> Tensor:

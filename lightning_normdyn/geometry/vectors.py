@@ -331,20 +331,6 @@ class WeightVectors(Reduction):
         sums = self._kernels.sums(how, [before, self.values_beside(before)], [norms])
         return self.sum_(sums)
 
-    def radial_and_totals(self, before: Operand, *, summarize: Summarize) -> tuple[Tensor, Tensor]:
-        """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and
-        in the same collective `totals` of what ``summarize`` makes of them.
-
-        The step is taken in the weights' own precision, float32 at least: right to 1e-7 of the
-        step.
-
-        Returns:
-            ``(2, n)`` and ``(J, weights)``.
-        """
-        packed = self._kernels.sums(passes.RADIAL, [before, self.values_beside(before)])
-        totals = self.complete_with_totals(packed, summarize)
-        return packed, totals
-
     # ---- Values of vectors and of weights ----
 
     def spread(self, per_weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from kinds import by_vector, labels_of, randn
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
-from lightning_normdyn.geometry.formulas import radial_part_of_step, squares, work_out
+from lightning_normdyn.geometry.formulas import (
+    largest_of,
+    radial_part_of_step,
+    squares,
+    take_with_totals,
+    work_out,
+)
 from lightning_normdyn.geometry.kernels import Kernels
 from lightning_normdyn.geometry.triton_kernels import MOST_PROGRAMS, TritonKernels
 
@@ -360,7 +367,7 @@ def test_slots_are_added_up_alike_however_many_there_are(combining):
     expected = []
     for row in slots:
         expected.append([float(part.sum()) for part in row[order].split(counts.tolist())])
-    combined = kernels._combined(slots.to(DEVICE)).cpu()
+    combined = kernels.combined(slots.to(DEVICE)).cpu()
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(combined, expected, rtol=1e-12, atol=1e-12)
 
@@ -377,7 +384,20 @@ def all_operations(ww, a, flags, one):
     d = (a / (a - a)).nan_to_num(0.0, 7.0, -7.0) + torch.zeros_like(a) + torch.ones_like(a)
     e = torch.where(one > 0, c.clamp(-0.5, 1.5), d) ** 2
     compared = (a <= b) | (a >= 2 * b) | (a == kept) & (kept != b)
-    return c, d, e, -e, compared, compared.float(), torch.full_like(a, 0.1), 1 - a
+    turned = torch.atan2(a, b) + kept.atan() + kept.clamp(-1.5, 1.5).tan() + ww.log1p()
+    chosen = torch.fmax(a, b) + torch.fmin(b, a), torch.maximum(a, b) - torch.minimum(a, c)
+    powers = b.pow(-3) + kept**4 + 0.9**ww + b.new_full((), 0.1)
+    return c, d, e, -e, compared, compared.float(), 1 - a, turned, *chosen, powers
+
+
+def looked_up_and_largest(ww, of_weights, flags, weight_of):
+    """What a formula takes of each vector's weight, and what it makes of all vectors."""
+    by_weight = of_weights[weight_of]
+    return ww * by_weight, by_weight.where(flags[weight_of], ww), largest_of(ww)
+
+
+def three_totals(ww, length, factor):
+    return ww, length, (ww > factor).double()
 
 
 @pytest.mark.parametrize("from_slots", [True, False])
@@ -402,13 +422,98 @@ def test_formulas_are_what_torch_makes_of_them(from_slots):
     assert any(key[0] is all_operations for key in TritonKernels.formulas)
 
 
+def many_rows() -> WeightVectors:
+    """Weights of many vectors, of one, and of some that a program takes at once."""
+    weights = [randn(90, 2), randn(1, 70), randn(20, 5), randn(2, 600)]
+    partitions = [Partition.filters(tuple(weight.shape)) for weight in weights]
+    vectors = WeightVectors([weight.to(DEVICE) for weight in weights], partitions)
+    # A program goes through a weight's vectors some at a time.
+    assert vectors._kernels._tables.totalling == (1024, 1)
+    vectors._kernels._tables.totalling = (32, 1)
+    return vectors
+
+
+def test_a_formula_may_look_up_numbers_of_weights():
+    vectors = many_rows()
+    of_weights = torch.tensor([2.0, 3, 5, 7], dtype=torch.float64, device=DEVICE)
+    flags = torch.tensor([True, False, True, False], device=DEVICE)
+    numbers = of_weights, flags, vectors.weight_of
+    found = work_out(vectors, looked_up_and_largest, squares(vectors), numbers)
+    ww = vectors.partial_squares()
+    expected = looked_up_and_largest(ww, *numbers)
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=0)
+    assert found[2].tolist() == [float(part.max()) for part in ww.split(64)]
+    assert torch.equal(found[2].max(), expected[2])
+
+
+def test_totals_over_the_vectors_of_each_weight():
+    vectors = many_rows()
+    taken, totals = take_with_totals(vectors, squares(vectors), three_totals, (4.0,))
+    assert taken.from_slots
+    rows = three_totals(vectors.partial_squares(), vectors.length, 4.0)
+    expected = vectors.totals(torch.stack(rows))
+    torch.testing.assert_close(totals, expected, rtol=1e-13, atol=0)
+    again = take_with_totals(vectors, squares(vectors), three_totals, (4.0,))[1]
+    assert torch.equal(totals, again)
+    # The same sums serve a formula, and one that only torch can work out.
+    (halves,) = work_out(vectors, lambda ww: (ww / 2,), taken)
+    (sorted_sums,) = work_out(vectors, lambda ww: (ww.sort()[0],), taken)
+    assert torch.equal(halves.sort()[0], sorted_sums / 2)
+
+
+def test_a_rank_totals_only_what_it_speaks_for(monkeypatch):
+    vectors = many_rows()
+    spoken = torch.arange(vectors.n, device=DEVICE) % 3 != 0
+    monkeypatch.setattr(type(vectors), "spoken", spoken)
+    _, totals = take_with_totals(vectors, squares(vectors), three_totals, (4.0,))
+    rows = torch.stack(three_totals(vectors.partial_squares(), vectors.length, 4.0)) * spoken
+    torch.testing.assert_close(totals, vectors.totals(rows), rtol=1e-13, atol=0)
+
+
+def function_values(y, x):
+    return torch.atan2(y, x), torch.atan(y), torch.tan(y), torch.log1p(y), y**3, y**-64
+
+
+def test_functions_that_triton_lacks_in_its_interpreter():
+    """Over all magnitudes and quadrants, beside π/2, and for zeros of both signs, infinity and
+    NaN."""
+    generator = np.random.default_rng(0)
+    signs = generator.choice([-1.0, 1.0], 1500)
+    wide = signs * 10 ** generator.uniform(-290, 290, 1500)
+    usual = signs * 10 ** generator.uniform(-12, 2, 1500)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, -2.0, np.pi / 2, 5e-324])
+    steep = np.pi / 2 - 10 ** generator.uniform(-15, 0, 300)
+    y = np.concatenate([wide, usual, np.repeat(special, len(special)), steep])
+    x = np.concatenate(
+        [generator.permutation(wide), usual[::-1], np.tile(special, len(special)), steep]
+    )
+    with np.errstate(all="ignore"):
+        tangents = np.where(np.abs(y) < 1e6, np.tan(y), np.nan)
+        expected = [np.arctan2(y, x), np.arctan(y), tangents, np.log1p(y), y**3, y**-64.0]
+    vectors = WeightVectors(
+        [torch.ones(len(y), 1, device=DEVICE)], [Partition.filters((len(y), 1))]
+    )
+    numbers = [torch.tensor(values, device=DEVICE) for values in (y, x)]
+    found = work_out(vectors, function_values, None, numbers)
+    assert not isinstance(next(reversed(TritonKernels.formulas.values())), Exception)
+    for mine, theirs, room in zip(found, expected, [1e-15] * 5 + [1.5e-14], strict=True):
+        # Of numbers below 1e-300 few digits are stored.
+        expected_values = torch.tensor(theirs)
+        torch.testing.assert_close(
+            mine.cpu(), expected_values, rtol=room, atol=1e-300, equal_nan=True
+        )
+        zeros = expected_values == 0
+        assert torch.equal(mine.cpu()[zeros].signbit(), expected_values[zeros].signbit())
+
+
 def test_a_formula_of_a_step_that_a_buffer_tells():
     weight = moved_to_device(LAYOUTS["rows of 129"][0], torch.float32)
     vectors = vectors_of(weight, names=["rows of 129"])
-    length = torch.full((vectors.n,), -0.1, dtype=torch.float64, device=DEVICE)
-    sums = radial_part_of_step(vectors, [another(weight)], length)
+    rate = torch.full((vectors.n,), 0.1, dtype=torch.float64, device=DEVICE)
+    sums = radial_part_of_step(vectors, [another(weight)], rate)
     found = work_out(vectors, lambda *rows: rows, sums)
-    expected = vectors._kernels.sums(sums.how, sums.operands, sums.numbers)
+    expected = sums.take(vectors._kernels)
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-13, atol=1e-13)
 
 

@@ -26,7 +26,7 @@ def test_each_kind_of_sums(vectors):
         (formulas.moments(vectors), [25, 100, 7, 14]),
         (formulas.displacement(vectors, before), [9, 36, 0, 0, 16, 64]),
         (formulas.radial(vectors, before), [9, 36, 0, 0]),
-        (formulas.radial_part_of_step(vectors, step, one), [9, 36, 0, 0, 16, 64]),
+        (formulas.radial_part_of_step(vectors, step, -one), [9, 36, 0, 0, 16, 64]),
     ):
         results = work_out(vectors, lambda *rows: rows, sums)
         assert torch.cat(results).tolist() == pytest.approx(expected, abs=1e-5)

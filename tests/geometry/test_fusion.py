@@ -47,6 +47,29 @@ def test_what_is_no_tensor_is_part_of_the_program():
     assert any("0.5" in line for line in lines(formula, FLAGS, 0.5))
 
 
+def test_what_is_only_looked_up_is_not_read_vector_by_vector():
+    """It may be shorter."""
+    places = torch.zeros(3, dtype=torch.int64)
+    written = lines(lambda ww, table, where: (ww * table[where],), VALUES, places)
+    assert not any(line.startswith("a1 =") for line in written)
+    assert "v0 = (tl.load(i0 + a2, mask=there, other=0)).to(tl.float64)" in written
+
+
+def test_totals_go_through_the_vectors_of_a_weight():
+    formula = lambda ww: (ww, ww > 0)  # noqa: E731
+    source = write_source(formula, 1, [], from_slots=True, totals=True)
+    assert "for begin in range(tl.load(starts + weight), stop, V):" in source.text
+    assert "t1 += tl.where(there, v0.to(tl.float64), 0.0)" in source.text
+    with pytest.raises(Unfit, match="largest"):
+        write_source(lambda ww: (ww.amax(),), 1, [], from_slots=True, totals=True)
+
+
+def test_the_largest_of_all_vectors_is_one_number_for_each_program():
+    source = write_source(lambda ww: (ww, ww.amax()), 1, [], from_slots=False)
+    assert source.largest == (False, True)
+    assert "tl.store(o1 + tl.program_id(0), tl.max(v0, 0))" in source.text
+
+
 def test_results_have_their_dtypes():
     formula = lambda ww, flags: (ww > 0, ww.float(), flags | (ww > 1))  # noqa: E731
     source = write_source(formula, 1, [FLAGS], from_slots=False)
@@ -58,8 +81,10 @@ def test_results_have_their_dtypes():
     [
         (lambda ww: (ww.cumsum(0),), "cumsum"),
         (lambda ww: (ww.erfinv(),), "erfinv"),
-        (lambda ww: (ww.pow(3),), "pow"),
-        (lambda ww: (torch.minimum(ww, ww.sqrt()),), "minimum"),
+        (lambda ww: (ww.pow(0.3),), "power 0.3"),
+        (lambda ww: ((-2.0) ** ww,), "power of other numbers"),
+        (lambda ww: (ww * torch.tensor([1.0, 2.0]),), "constant of its own"),
+        (lambda ww: ((ww + 1)[torch.zeros_like(ww, dtype=torch.int64)],), "worked out"),
         (lambda ww: (ww * VALUES[:2],), "traced"),
         (lambda ww: (ww.half(),), "float16"),
     ],
