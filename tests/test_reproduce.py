@@ -121,6 +121,27 @@ def test_a_fit_ends_at_the_first_loss_that_is_not_finite(digits):
     assert math.isnan(run.test_accuracy)
 
 
+def test_a_plain_network_is_halved_twice_and_has_as_many_convolutions_as_asked_for():
+    x = torch.zeros(2, 1, 8, 8)
+    for pooled in (False, True):
+        network = desk.plain_network(1, 2, convolutions=4, pooled=pooled)
+        convolutions = [each for each in network if isinstance(each, torch.nn.Conv2d)]
+        assert [each.out_channels for each in convolutions] == [2, 2, 4, 4]
+        assert network[:-3](x).shape == (2, 4, 2, 2)
+        assert network(x).shape == (2, 10)
+
+
+def test_labels_that_stay_wrong_are_drawn_once(digits):
+    from measured_vs_predicted import with_wrong_labels
+
+    wrong = with_wrong_labels(digits._replace(label_noise=0.1), 0.1)
+    # One in ten of those drawn is right by chance.
+    share = (wrong.train_y != digits.train_y).float().mean()
+    assert 0.06 < share < 0.12
+    assert wrong.label_noise == 0.0
+    assert torch.equal(wrong.train_y, with_wrong_labels(digits, 0.1).train_y)
+
+
 def test_decay_reaches_the_convolutions_only():
     groups = (
         desk.Recipe(1, weight_decay=0.3, rest_decay=0.2, lr=0.5, rest_lr=0.1)
@@ -213,22 +234,34 @@ def test_decay_window_opens_and_closes_with_the_epochs(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["AdamW, cosine", "SGD with momentum, cosine"])
-def test_angles_of_a_network_follow_from_its_start_and_the_schedule(name, digits):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("AdamW, cosine", 9),
+        ("SGD with momentum, cosine", 9),
+        ("AdamW, cosine, four convolutions", 4),
+    ],
+)
+def test_angles_of_a_network_follow_from_its_start_and_the_schedule(name, layers, digits):
     import measured_vs_predicted as script
 
-    shorter = {"scheduled_steps": 800, "scheduled_seeds": 1, "width": 4}
-    args = desk.arguments("text", {**script.DESK, **shorter}, {}, [])
-    arm = script.scheduled_arms(args)[name]
-    runs = script.scheduled_fits(arm, args, digits._replace(noise=0.5, label_noise=0.1))
-    now = script.Deviations(runs, "angular_update", "expected_angular_update")
-    static = script.Deviations(runs, "angular_update", "equilibrium_angular_update")
-    norms = script.Deviations(runs, "weight_norm", "expected_weight_norm")
-    assert now.signed.shape == (9, 8)
+    steps = 800
+    args = desk.arguments("text", {**script.DESK, "width": 4}, {}, [])
+    arm = script.scheduled_arms(args, digits)[name]._replace(every=10)
+    runs = script.scheduled_fits(arm, steps, 1, "cpu")
+    now = script.Deviations.of(runs, "angular_update", "expected_angular_update")
+    static = script.Deviations.of(runs, "angular_update", "equilibrium_angular_update")
+    norms = script.Deviations.of(runs, "weight_norm", "expected_weight_norm")
+    assert now.signed.shape == (layers, 8)
     # The first windows, in which all gradients point one way, are half of so short a run's error.
     assert now.quantile(0.5) < 0.15
     assert now.quantile(0.5) < static.quantile(0.5) / 2
     assert norms.quantile(0.9) < 0.15
+    if arm.follows_from_start:
+        alone = script.Deviations.from_start(runs, arm, steps)
+        assert alone.signed.shape == now.signed.shape
+        assert alone.quantile(0.5) < 0.2
+        assert alone.quantile(0.5) < static.quantile(0.5) / 2
 
 
 @pytest.mark.slow

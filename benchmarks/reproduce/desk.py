@@ -46,20 +46,26 @@ T_AT_5_PERCENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36
 # ----------------------------------------------------------------------------------------- networks
 
 
-def plain_network(channels: int, width: int, classes: int = 10) -> nn.Sequential:
-    """Six 3x3 convolutions, each followed by BatchNorm and ReLU, two of them with stride 2: every
-    filter is scale-invariant."""
+def plain_network(
+    channels: int,
+    width: int,
+    classes: int = 10,
+    *,
+    convolutions: int = 6,
+    pooled: bool = False,
+) -> nn.Sequential:
+    """Up to six 3x3 convolutions, each followed by BatchNorm and ReLU: every filter is
+    scale-invariant. The second and the fourth have stride 2, or are followed by a pooling."""
     widths = [channels, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(pairwise(widths)):
-        layers += [
-            _convolution(inputs, outputs, stride=2 if i in (1, 3) else 1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)
-    )
+    for i, (inputs, outputs) in enumerate(pairwise(widths[: convolutions + 1])):
+        halves = i in (1, 3)
+        stride = 2 if halves and not pooled else 1
+        layers += [_convolution(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU()]
+        if halves and pooled:
+            layers.append(nn.MaxPool2d(2))
+    head = nn.Linear(widths[convolutions], classes)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def residual_network(channels: int, width: int, classes: int = 10) -> nn.Sequential:

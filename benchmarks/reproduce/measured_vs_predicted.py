@@ -2,6 +2,8 @@
 BatchNorm network: where each holds, and where it does not.
 
 python benchmarks/reproduce/measured_vs_predicted.py
+
+Over 500 lines, since one page holds the constant rates beside the schedules.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.monitor.predictions import Prediction, predict
 from lightning_normdyn.monitor.verdicts import Course, norm_has_settled
+from lightning_normdyn.theory.course import NormCourse
 from lightning_normdyn.theory.words import AS_EXPECTED
 
 DESK = {
     "width": 8,
+    "plain_width": 16,
     "lr": 0.1,
     "momentum": 0.9,
     "strong": 5e-3,
@@ -31,15 +35,18 @@ DESK = {
     "weak_steps": 3_500,
     "scheduled_steps": 2_000,
     "scheduled_seeds": 3,
+    "variants": 8,
     "noise": 0.5,
     "label_noise": 0.1,
 }
 TINY = {
     "width": 2,
+    "plain_width": 2,
     "strong_steps": 40,
     "weak_steps": 40,
     "scheduled_steps": 40,
     "scheduled_seeds": 1,
+    "variants": 1,
 }
 WITHIN = 0.25
 # Steps of a window in which angles are compared under a schedule.
@@ -192,34 +199,91 @@ def other_methods(report: desk.Report, args: Any, images: desk.Images) -> None:
 
 
 class Arm(NamedTuple):
-    """A fit under a schedule, and how far off it may be."""
+    """A fit under a schedule, and how far off it may be. ``build``: from channels and width to a
+    network; ``every``: steps from row to row."""
 
     options: dict[str, Any]
     schedule: str
-    has_label_noise: bool
+    images: desk.Images
     bar: tuple[float, float | None]
+    build: Callable[[int, int], Any] = desk.residual_network
+    width: int = 8
+    every: int = 10
+    warms_up: bool = True
+
+    def network(self) -> Any:
+        return self.build(self.images.channels, self.width)
 
     def recipe(self, steps: int) -> desk.Recipe:
-        warm_up = steps // 20
+        warm_up = steps // 20 if self.warms_up else 0
         return desk.Recipe(steps, schedule=self.schedule, warm_up=warm_up, **self.options)
 
+    @property
+    def follows_from_start(self) -> bool:
+        """Whether norms at the start and the schedule say it all; SGD's steps are as long as its
+        gradients."""
+        return "optimizer" in self.options
 
-def scheduled_arms(args: Any) -> dict[str, Arm]:
+
+def four_convolutions(channels: int, width: int) -> Any:
+    return desk.plain_network(channels, width, convolutions=4)
+
+
+def four_pooled(channels: int, width: int) -> Any:
+    return desk.plain_network(channels, width, convolutions=4, pooled=True)
+
+
+def scheduled_arms(args: Any, images: desk.Images) -> dict[str, Arm]:
     adamw = {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.3}
+    beta2 = {**adamw, "beta2": 0.99}
     sgd = {"lr": args.lr, "momentum": args.momentum, "weight_decay": args.strong}
+    truth = images._replace(noise=args.noise)
+    noisy = truth._replace(label_noise=args.label_noise)
+    plain = {"build": four_convolutions, "width": args.plain_width, "every": 2}
+    pooled = {**plain, "build": four_pooled}
+    residual = {"width": args.width}
     return {
-        "AdamW, cosine": Arm(adamw, "cosine", True, ADAMW_BAR),
-        "AdamW, WSD": Arm(adamw, "wsd", True, ADAMW_BAR),
-        "AdamW with beta2 .99, cosine": Arm({**adamw, "beta2": 0.99}, "cosine", True, ADAMW_BAR),
-        "SGD with momentum, cosine": Arm(sgd, "cosine", True, SGD_BAR),
-        "SGD with momentum, WSD": Arm(sgd, "wsd", True, SGD_BAR),
-        "AdamW, cosine, true labels": Arm(adamw, "cosine", False, ADAMW_BAR),
+        "AdamW, cosine, four convolutions": Arm(adamw, "cosine", noisy, ADAMW_BAR, **plain),
+        "AdamW, WSD, four convolutions": Arm(adamw, "wsd", noisy, ADAMW_BAR, **plain),
+        "AdamW, cosine, four with pooling": Arm(adamw, "cosine", noisy, ADAMW_BAR, **pooled),
+        "AdamW, WSD, four with pooling": Arm(adamw, "wsd", noisy, ADAMW_BAR, **pooled),
+        "AdamW, cosine": Arm(adamw, "cosine", noisy, ADAMW_BAR, **residual),
+        "AdamW, WSD": Arm(adamw, "wsd", noisy, ADAMW_BAR, **residual),
+        "AdamW with beta2 .99, cosine": Arm(beta2, "cosine", noisy, ADAMW_BAR, **residual),
+        "SGD with momentum, cosine": Arm(sgd, "cosine", noisy, SGD_BAR, **residual),
+        "SGD with momentum, WSD": Arm(sgd, "wsd", noisy, SGD_BAR, **residual),
+        "AdamW, cosine, true labels": Arm(adamw, "cosine", truth, ADAMW_BAR, **residual),
     }
 
 
-def window_sizes(history: desk.History, key: str) -> np.ndarray:
+def variants(args: Any, images: desk.Images) -> dict[str, Arm]:
+    """The arm of four convolutions under a cosine, with one thing changed at a time."""
+    arm = scheduled_arms(args, images)["AdamW, cosine, four convolutions"]._replace(every=10)
+    clean = arm.images._replace(noise=0.0)
+    by_heart = with_wrong_labels(arm.images, args.label_noise)
+    return {
+        f"half the width, {args.plain_width // 2}": arm._replace(width=args.plain_width // 2),
+        f"twice the width, {args.plain_width * 2}": arm._replace(width=args.plain_width * 2),
+        "batches of 128": arm._replace(options={**arm.options, "batch_size": 128}),
+        "beta2 .99": arm._replace(options={**arm.options, "beta2": 0.99}),
+        "no warm-up": arm._replace(warms_up=False),
+        "no pixel noise": arm._replace(images=clean),
+        "wrong labels that stay": arm._replace(images=by_heart),
+        "both": arm._replace(images=by_heart._replace(noise=0.0)),
+    }
+
+
+def with_wrong_labels(images: desk.Images, share: float) -> desk.Images:
+    """A share of the labels drawn once for the whole fit, which a network can learn by heart."""
+    chance = torch.Generator().manual_seed(0)
+    labels = images.train_y
+    is_wrong = torch.rand(labels.shape, generator=chance) < share
+    drawn = torch.randint(int(labels.max()) + 1, labels.shape, generator=chance)
+    return images._replace(train_y=drawn.where(is_wrong, labels), label_noise=0.0)
+
+
+def window_sizes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Root mean square of a curve over each window; NaN where it has no row."""
-    steps, values = history.column(key)
     count = int(steps[-1]) // WINDOW + 1
     sizes = np.full(count, np.nan)
     for window in range(count):
@@ -232,81 +296,173 @@ def window_sizes(history: desk.History, key: str) -> np.ndarray:
 class Deviations:
     """|measured / foreseen - 1| by layer and window, ``(layers, windows)`` after each other."""
 
-    def __init__(self, runs: Sequence[desk.Run], measured: str, foreseen: str) -> None:
+    def __init__(self, signed: Sequence[np.ndarray]) -> None:
+        self.signed = np.array(signed)
+
+    @classmethod
+    def of(cls, runs: Sequence[desk.Run], measured: str, foreseen: str) -> Deviations:
         rows = []
         for run in runs:
             for layer in desk.layers_of(run.history, foreseen):
-                found = window_sizes(run.history, f"{measured}/{layer}")
-                rows.append(found / window_sizes(run.history, f"{foreseen}/{layer}") - 1)
-        self.signed = np.array(rows)
+                found = window_sizes(*run.history.column(f"{measured}/{layer}"))
+                expected = window_sizes(*run.history.column(f"{foreseen}/{layer}"))
+                rows.append(found / expected - 1)
+        return cls(rows)
+
+    @classmethod
+    def from_start(cls, runs: Sequence[desk.Run], arm: Arm, steps: int) -> Deviations:
+        """Of angles from what they follow from if nothing of the run is known but its start."""
+        rows = []
+        for seed, run in enumerate(runs):
+            for layer, angles in angles_from_start(arm, steps, seed).items():
+                at, measured = run.history.column(f"angular_update/{layer}")
+                rows.append(window_sizes(at, measured) / window_sizes(at, angles[at]) - 1)
+        return cls(rows)
 
     def quantile(self, q: float) -> float:
         return float(np.nanquantile(np.abs(self.signed), q))
+
+    def within(self, bar: tuple[float, float | None]) -> bool:
+        """Whether median and 90th percentile are."""
+        most, most_of_90 = bar
+        return self.quantile(0.5) <= most and (
+            most_of_90 is None or self.quantile(0.9) <= most_of_90
+        )
 
     @property
     def in_percent(self) -> str:
         """Median and 90th percentile."""
         return f"{100 * self.quantile(0.5):.3g} / {100 * self.quantile(0.9):.3g}"
 
+    @property
+    def by_window(self) -> str:
+        return ", ".join(f"{100 * error:+.0f}" for error in np.nanmedian(self.signed, axis=0))
+
+
+def angles_from_start(arm: Arm, steps: int, seed: int) -> dict[str, np.ndarray]:
+    """By layer, the angle of each step that follows from the norms of the network that a fit with
+    this seed starts from, and from the schedule."""
+    torch.manual_seed(seed)
+    recipe = arm.recipe(steps)
+    module = desk.Classifier(arm.network(), recipe)
+    optimizer = recipe.optimizer_for(module)
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    filters = {name: p.detach().flatten(1) for name, p in module.named_parameters() if p.dim() == 4}
+    norms = [float(rows.square().sum(1).mean().sqrt()) for rows in filters.values()]
+    dims = [rows.shape[1] for rows in filters.values()]
+    course = NormCourse(type(optimizer), group, norms, dims)
+    angles = []
+    for step in range(steps):
+        course.advance({**group, "lr": recipe.lr * recipe.lr_factor(step)})
+        angles.append(course.angular_update)
+    return dict(zip(filters, np.array(angles).T, strict=True))
+
 
 def under_schedules(report: desk.Report, args: Any, images: desk.Images) -> None:
     """Each layer against what was expected of it from its norm at the start, the schedule and the
-    size of its gradients, and against where it would have settled."""
+    size of its gradients, against the same without that size, and against where it would have
+    settled."""
     rows, windows = [], []
-    for name, arm in scheduled_arms(args).items():
-        noise = args.label_noise if arm.has_label_noise else 0.0
-        runs = scheduled_fits(arm, args, images._replace(noise=args.noise, label_noise=noise))
-        now = Deviations(runs, "angular_update", "expected_angular_update")
-        static = Deviations(runs, "angular_update", "equilibrium_angular_update")
-        norms = Deviations(runs, "weight_norm", "expected_weight_norm")
+    for name, arm in scheduled_arms(args, images).items():
+        runs = scheduled_fits(arm, args.scheduled_steps, args.scheduled_seeds, args.accelerator)
+        now = Deviations.of(runs, "angular_update", "expected_angular_update")
+        static = Deviations.of(runs, "angular_update", "equilibrium_angular_update")
+        norms = Deviations.of(runs, "weight_norm", "expected_weight_norm")
         loss = desk.mean([run.running_loss(0.9, 1.0) for run in runs])
-        cells = (now.in_percent, static.in_percent, norms.in_percent)
-        rows.append((name, *cells, f"{loss:.2g}"))
-        middle = np.nanmedian(now.signed, axis=0)
-        windows.append((name, ", ".join(f"{100 * error:+.0f}" for error in middle)))
-        print(*rows[-1], windows[-1][1], sep=" | ", file=sys.stderr, flush=True)
+        windows.append((name, "with the size of gradients", now.by_window))
+        of_start = None
+        if arm.follows_from_start:
+            of_start = Deviations.from_start(runs, arm, args.scheduled_steps)
+            windows.append((name, "from start and schedule alone", of_start.by_window))
+        alone = of_start.in_percent if of_start else "-"
+        rows.append(
+            (name, now.in_percent, alone, static.in_percent, norms.in_percent, f"{loss:.2g}")
+        )
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
         claim_of_arm(report, name, arm, now, static)
-    columns = ("run", "expected now", "where it settles", "expected norm", "loss at the end")
+        if of_start:
+            claim_of_start(report, name, arm, of_start)
     report.table(
         f"Under a schedule: |measured / foreseen - 1| per layer and {WINDOW} steps, median / 90th "
         f"percentile in percent",
-        columns,
+        (
+            "run",
+            "expected now",
+            "from start and schedule alone",
+            "where it settles",
+            "expected norm",
+            "loss at the end",
+        ),
         rows,
     )
     report.table(
-        f"Under a schedule: measured / expected now, minus 1, in percent; median over layers and "
+        f"Under a schedule: measured / expected, minus 1, in percent; median over layers and "
         f"seeds of each {WINDOW} steps",
-        ("run", "window by window"),
+        ("run", "expected", "window by window"),
         windows,
     )
 
 
-def scheduled_fits(arm: Arm, args: Any, images: desk.Images) -> list[desk.Run]:
-    def build() -> Any:
-        return desk.residual_network(images.channels, args.width)
+def of_variants(report: desk.Report, args: Any, images: desk.Images) -> None:
+    """Where norms at the start and the schedule alone are enough, and where they are not."""
+    rows = []
+    for name, arm in list(variants(args, images).items())[: args.variants]:
+        runs = scheduled_fits(arm, args.scheduled_steps, 1, args.accelerator)
+        now = Deviations.of(runs, "angular_update", "expected_angular_update")
+        alone = Deviations.from_start(runs, arm, args.scheduled_steps)
+        holds = "yes" if alone.within(arm.bar) else "no"
+        loss = f"{runs[0].running_loss(0.9, 1.0):.2g}"
+        rows.append((name, alone.in_percent, holds, now.in_percent, alone.by_window, loss))
+        print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    report.table(
+        "Four convolutions under AdamW and a cosine, one thing changed, one seed: |measured / "
+        "expected - 1|, median / 90th percentile in percent",
+        (
+            "changed",
+            "from start and schedule alone",
+            "within 6 / 16 %",
+            "expected now",
+            "from start and schedule alone, window by window",
+            "loss at the end",
+        ),
+        rows,
+    )
 
-    recipe = arm.recipe(args.scheduled_steps)
-    return [
-        desk.fit(build, images, recipe, seed, accelerator=args.accelerator)
-        for seed in range(args.scheduled_seeds)
-    ]
+
+def scheduled_fits(arm: Arm, steps: int, seeds: int, accelerator: str) -> list[desk.Run]:
+    runs = []
+    for seed in range(seeds):
+        settings = {"log_every": arm.every, "accelerator": accelerator}
+        runs.append(desk.fit(arm.network, arm.images, arm.recipe(steps), seed, **settings))
+    return runs
+
+
+def bound(bar: tuple[float, float | None]) -> str:
+    """A bar in words."""
+    most, most_of_90 = bar
+    of_90 = "" if most_of_90 is None else f", 90th percentile within {most_of_90:.0%}"
+    return f"median within {most:.0%}{of_90}"
 
 
 def claim_of_arm(
     report: desk.Report, name: str, arm: Arm, now: Deviations, static: Deviations
 ) -> None:
-    most, most_of_90 = arm.bar
-    bound = f"median within {most:.0%}"
-    holds = now.quantile(0.5) <= most
-    if most_of_90 is not None:
-        bound += f", 90th percentile within {most_of_90:.0%}"
-        holds = holds and now.quantile(0.9) <= most_of_90
     report.claim(
-        f"{name}: angles as expected by norm at the start, schedule and gradients, {bound}",
+        f"{name}: angles as expected by norm at the start, schedule and gradients, {bound(arm.bar)}",
         f"off by {now.in_percent} %; by {static.in_percent} % from where they would settle",
-        holds,
+        now.within(arm.bar),
         "a network that knows its images by heart has gradients in bursts, whose size a row every "
         "few steps does not tell",
+    )
+
+
+def claim_of_start(report: desk.Report, name: str, arm: Arm, of_start: Deviations) -> None:
+    report.claim(
+        f"{name}: angles as expected by norm at the start and schedule alone, {bound(arm.bar)}",
+        f"off by {of_start.in_percent} %",
+        of_start.within(arm.bar),
+        "gradients get smaller as the loss falls, and a second moment with a memory of 1,000 steps "
+        "still divides by the larger ones of before",
     )
 
 
@@ -320,7 +476,9 @@ def main() -> None:
         by less than a tenth per relaxation time, after 6 of them. Expected now: from the norm at the start, the schedule so far, and the
         size of the gradients at the rows. Under a schedule: warm-up over a twentieth of
         {args.scheduled_steps} steps, then a cosine to 0, or constant with a linear fall to 0 over the last fifth (WSD); AdamW 3e-3 with decay
-        .3, SGD as above, {args.scheduled_seeds} seeds each, whatever the others have; {args.label_noise:.0%} of the labels are drawn anew in each batch, so that the loss cannot vanish."""
+        .3, SGD as above, {args.scheduled_seeds} seeds each, whatever the others have; {args.label_noise:.0%} of the labels are drawn anew in each batch, so that the loss cannot vanish.
+        Four convolutions: 3x3 with BatchNorm, the second and the fourth with stride 2 (or followed by a pooling), width {args.plain_width}; rows every 2 steps, else every 10.
+        From start and schedule alone: the same recursion, told the norms at the start and the learning rates, and nothing that was measured in the run."""
     report = desk.Report("Measured and predicted angular updates", args, about)
     figure, axes = desk.figure(4, 2)
     decays = ((args.strong, args.strong_steps), (args.weak, args.weak_steps))
@@ -410,10 +568,20 @@ def main() -> None:
         )
     other_methods(report, args, images)
     under_schedules(report, args, images)
+    of_variants(report, args, images)
     report.note(
         """Under SGD a settled norm implies the predicted angle: growth and decay of the norm balance only there. A layer far from its
         prediction has a norm that still moves: without noise the digits are known by heart, gradients shrink (or come in bursts), and
         the norm cannot follow. "-" in the summary: no layer settled, so there was nothing to compare; these are the counter-examples."""
+    )
+    report.note(
+        """Start and schedule alone are enough under AdamW as long as gradients keep their size, times the norm. Three things break it. In the
+        first 100 steps gradients of successive batches point one way, so steps add up and weights turn faster than noise would turn them,
+        whatever is known of sizes. Then gradients fall with the loss, while a second moment with a memory of 1,000 steps still divides by
+        the larger ones of before: angles are smaller than expected in the middle of the run, less so with pixel noise, with beta2 .99, or
+        where sizes are followed. Last, wrong labels that stay are learnt by heart: gradients vanish, and nothing of that is in a schedule.
+        In narrow networks the size of gradients rises at first instead, so that early windows are too fast. SGD's steps are as long as its
+        gradients, so there is nothing to expect without their size ("-")."""
     )
     report.write("measured_vs_predicted", figure)
 
