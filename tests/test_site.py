@@ -112,6 +112,17 @@ def test_every_picture_of_a_verdict_is_made_by_a_run():
         assert (DOCS / "pictures" / f"{name}.png").stat().st_size < 60_000, name
 
 
+def test_without_chromium_the_picture_of_the_report_stays_and_it_is_said(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(DOCS))
+    script = importlib.import_module("draw_report")
+    monkeypatch.setattr(script, "chromium", lambda: None)
+    script.main(["--out", str(tmp_path / "report.png")])
+    assert "No Chromium was found" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_snippets_run():
     """Those of the first three run in test_extending.py and test_readme.py."""
     elsewhere = ("extending.md", "without_lightning.md", "adaptive_weight_shrink.md")

@@ -117,7 +117,8 @@
     return result;
   }
 
-  // A ratio of 0.1 and of 10 are the ends; what lies beyond has colours of its own.
+  // The farthest ratio and its inverse are the ends; what lies beyond has colours of its own, a
+  // little outside of them.
   const BEYOND = 1.04;
   function ratioColours() {
     const [low, less, none, more, high] = dark.matches
@@ -131,18 +132,19 @@
   function mapTrace(run, chart) {
     const names = chart.rows.map(layer => literal(data.runs[run].layers[layer]));
     const isRatio = chart.scale === "ratio", isLinear = chart.scale === "linear";
+    const beyond = isRatio ? BEYOND * Math.log10(chart.farthest) : null;
     const shown = value => {
       if (value === null) return null;
       if (isLinear) return value;
       // A ratio of 0 lies below everything; another quantity of 0 has no place on a log scale.
-      if (value <= 0) return isRatio ? -BEYOND : null;
+      if (value <= 0) return isRatio ? -beyond : null;
       const exponent = Math.log10(value);
-      return isRatio ? Math.max(-BEYOND, Math.min(BEYOND, exponent)) : exponent;
+      return isRatio ? Math.max(-beyond, Math.min(beyond, exponent)) : exponent;
     };
     const z = chart.cells.map(row => row.map(shown));
     const values = z.flat().filter(value => value !== null);
     let [low, high] = [Math.min(...extent(values, Math.min)), Math.max(...extent(values, Math.max))];
-    if (isRatio) [low, high] = [-BEYOND, BEYOND];
+    if (isRatio) [low, high] = [-beyond, beyond];
     else if (isLinear) { high = Math.max(Math.abs(low), Math.abs(high)) || 1; low = -high; }
     else if (chart.limits && chart.limits[0] > 0) [low, high] = chart.limits.map(Math.log10);
     const ticks = [];

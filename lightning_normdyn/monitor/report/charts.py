@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from lightning_normdyn.monitor.angles import compared_angles
-from lightning_normdyn.monitor.curves import Curves, evenly_spaced, pictured, recorded_curves
+from lightning_normdyn.monitor.curves import (
+    FARTHEST_RATIO,
+    Curves,
+    evenly_spaced,
+    pictured,
+    recorded_curves,
+)
 from lightning_normdyn.monitor.events import happenings
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import drawn_as, layer_labels, shortened
@@ -189,6 +195,8 @@ def _map_chart(
     abnormal = abnormal_rows(known, drawn_as(quantity).scale)
     shown = named_rows(len(labels), abnormal, _NAMED_ROWS)
     chart = _chart("map", quantity, limits)
+    # The ends of the colours of ratios; any other quantity reaches as far as its values do.
+    chart["farthest"] = FARTHEST_RATIO if chart["scale"] == "ratio" else None
     chart["edges"] = edges.tolist()
     chart["cells"] = [rounded(row) for row in cells]
     chart["rows"] = [places[name] for name in known]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from histories import converging_run, reported_run, run_with_faults, run_with_heads
 
+from lightning_normdyn.monitor.curves import FARTHEST_RATIO
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.report.charts import (
     MOST_POINTS,
@@ -63,6 +64,7 @@ def test_a_map_names_its_abnormal_rows_and_refers_to_layers():
     chart = next(chart for chart in data["charts"] if chart["quantity"] == "expected_ratio")
     abnormal = {entry["label"] for entry in chart["named"] if entry["abnormal"]}
     assert abnormal == {"block40", "block80", "block120"}
+    assert chart["farthest"] == FARTHEST_RATIO
     assert len(chart["cells"]) == len(chart["rows"]) == 160
     assert len(chart["edges"]) == len(chart["cells"][0]) + 1
 

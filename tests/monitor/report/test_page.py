@@ -8,21 +8,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
-import torch
 from histories import reported_run, run_with_three_faults
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.group_sizes import GroupSizes, as_plain
 from lightning_normdyn.monitor.history import History
@@ -31,10 +25,12 @@ from lightning_normdyn.monitor.report.page import write_report
 
 pytest.importorskip("matplotlib")
 
+# The script of the docs' picture has the run with faults that this picture is of.
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs"))
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
+import draw_report
+
+CHROMIUM = draw_report.chromium()
 
 
 # Drawing a page's pictures takes seconds; the tests of plots/ draw every one of them.
@@ -440,51 +436,10 @@ def test_charts_rows_and_legend_go_together(tmp_path):
     assert (fewer, left) == ("1", "false")
 
 
-class ThreeFaults(L.LightningModule):
-    """Normalized residual layers, of which one began 20 times too long, one has ten times the
-    learning rate, and one gets no gradient."""
-
-    long, fast, dead = 1, 3, 5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(8))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(8))
-        self.head = nn.Linear(16, 4)
-        with torch.no_grad():
-            self.layers[self.long].weight.mul_(20)
-
-    def training_step(self, batch, _):
-        (x,) = batch
-        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            # Multiplied by 0 on its way, as behind a switch that is never on.
-            x = x + (0.0 if i == self.dead else 1.0) * torch.relu(norm(layer(x)))
-        return nn.functional.cross_entropy(self.head(x), torch.randint(4, (len(x),)))
-
-    def configure_optimizers(self):
-        fast = [self.layers[self.fast].weight]
-        rest = [weight for weight in self.parameters() if weight is not fast[0]]
-        groups = [{"params": rest}, {"params": fast, "lr": 1e-2}]
-        return torch.optim.AdamW(groups, lr=1e-3, weight_decay=1.0)
-
-
 @pytest.fixture(scope="module")
 def faulty_report(tmp_path_factory) -> Path:
-    L.seed_everything(0)
-    monitor = NormDynamicsMonitor(every_n_steps=2, tables=False)
-    trainer = L.Trainer(
-        max_steps=300,
-        max_epochs=-1,
-        callbacks=[monitor],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(ThreeFaults(), DataLoader(TensorDataset(torch.randn(256, 16)), batch_size=32))
     path = tmp_path_factory.mktemp("faults") / "report.html"
-    return write_report({"three faults": monitor.history}, path)
+    return write_report({"three faults": draw_report.train()}, path)
 
 
 @pytest.mark.slow
@@ -521,8 +476,20 @@ def test_three_planted_faults_of_a_run_stand_on_its_first_screen(
     width, sideways, text, *names = said.split(",")
     assert (int(width), sideways) == (size[0], "false")
     assert text == {"light": "dark", "dark": "bright"}[scheme]
-    faults = (ThreeFaults.long, ThreeFaults.fast, ThreeFaults.dead)
+    module = draw_report.ThreeFaults
+    faults = (module.long, module.fast, module.dead)
     assert set(names) == {f"layers.{i}.weight" for i in faults}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_picture_of_the_docs_can_be_made_anew(faulty_report, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    draw_report.photograph(CHROMIUM, faulty_report, tmp_path / "report.png")
+    with Image.open(tmp_path / "report.png") as anew, Image.open(draw_report.PICTURE) as committed:
+        assert anew.size == committed.size
+        # Fonts differ from machine to machine, so pixels are no matter.
+        assert len(anew.convert("RGB").getcolors(2**24)) > 20
 
 
 @pytest.mark.slow
