@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .fusion import Formula
+from .fusion import Formula, Number
 from .kernels import Kernels
 from .passes import Operand, Pass
 from .triton_kernels import TritonKernels, radial_of_step
@@ -115,8 +115,9 @@ def work_out(
             place. Of a result that is `largest_of` all vectors there may be several numbers: the
             largest of these.
         sums: what it takes first; None: nothing.
-        arguments: tensors, ``(n,)`` or of no dimension, and whatever else it takes. One that the
-            formula only takes entries of, by ``(n,)`` indices, may have any length.
+        arguments: tensors, ``(n,)`` or of no dimension; `Number` for each number that changes from
+            step to step; and whatever else it takes. A tensor that the formula only takes entries
+            of, by ``(n,)`` indices, may have any length.
         into: for each result the tensor to write it to, or None; may be shorter.
 
     Returns:
@@ -143,7 +144,8 @@ def work_out(
     rows: Sequence[Tensor] = ()
     if sums is not None:
         rows = _complete(kernels, sums).unbind()
-    results = formula(*rows, *arguments)
+    plain = [each.value if isinstance(each, Number) else each for each in arguments]
+    results = formula(*rows, *plain)
     for destination, result in zip(into, results, strict=False):
         if destination is not None:
             destination.copy_(result)

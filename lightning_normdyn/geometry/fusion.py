@@ -9,6 +9,7 @@ Letters: n vectors, S slots of sums.
 """
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,25 @@ from .triton_tables import Unfit
 Formula = Callable[..., tuple[Tensor, ...]]
 """From ``(n,)`` tensors, numbers and None to ``(n,)`` tensors, entry by entry, in place of
 nothing."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a formula takes and that may be another at every step: told when the program is
+    launched. A plain number is part of the program, so that each value is a program of its own.
+
+    Args:
+        value: what the formula gets where torch works it out; in a program a float64.
+    """
+
+    value: float
+
+    @property
+    def bits(self) -> int:
+        """What is handed to the program, which would take a float for a float32."""
+        (bits,) = struct.unpack("q", struct.pack("d", self.value))
+        return int(bits)
+
 
 aten = torch.ops.aten
 _TYPES = {
@@ -42,6 +62,7 @@ _LOGICAL = {
 _CALLS = {
     aten.sqrt: "tl.sqrt", aten.abs: "tl.abs", aten.log: "tl.log", aten.exp: "tl.exp",
     aten.floor: "tl.floor", aten.atan: "atan", aten.tan: "tan", aten.log1p: "log1p",
+    aten.sin: "sin",
 }  # fmt: skip
 _SECOND_WINS = {
     # The second of two numbers is taken unless this holds; a NaN wins in a maximum, loses in fmax.
@@ -62,11 +83,13 @@ class Source:
         text: of a function ``rule(slots, S, first, order, n, starts, i0, i1, ..., o0, ..., V, B)``.
         dtypes: of its results.
         largest: of which results each program writes only the largest of its vectors.
+        numbers: names of the arguments that are each a `Number`.
     """
 
     text: str
     dtypes: tuple[torch.dtype, ...]
     largest: tuple[bool, ...]
+    numbers: tuple[str, ...]
 
 
 def write_source(
@@ -82,9 +105,9 @@ def write_source(
     Args:
         formula: what to do.
         sums: how many sums per vector it takes, float64 each.
-        arguments: tensors, ``(n,)`` or of no dimension, whose numbers do not matter; everything
-            else becomes part of the program. One that the formula only takes entries of, by
-            indices, may have any length.
+        arguments: tensors, ``(n,)`` or of no dimension, whose numbers do not matter, and `Number`;
+            everything else becomes part of the program. A tensor that the formula only takes
+            entries of, by indices, may have any length.
         from_slots: whether each sum is still to be added up from the slots of its vector.
         totals: whether the results are to be summed over the vectors of each weight, float64.
 
@@ -104,6 +127,7 @@ def write_source(
     names: dict[Node, str] = {}
     results: Sequence[Node] = ()
     inputs: list[str] = []
+    passed = [argument for argument in arguments if isinstance(argument, (Tensor, Number))]
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             number = len(names)
@@ -111,9 +135,10 @@ def write_source(
                 names[node] = f"s{number}"
                 value = _sum(number, from_slots=from_slots)
             else:
+                is_number = isinstance(passed[len(inputs)], Number)
                 inputs.append(f"i{len(inputs)}")
                 names[node] = f"a{len(inputs)}"
-                value = _loaded(node, inputs[-1])
+                value = _number(inputs[-1]) if is_number else _loaded(node, inputs[-1])
             # What is only looked up in is not read vector by vector: it may be shorter.
             if _is_looked_up(node):
                 names[node] = inputs[-1]
@@ -140,7 +165,9 @@ def write_source(
     given = ["slots", "S", "first", "order", "n", "starts", *inputs, *outputs]
     head = f"def rule({', '.join(given)}, V: tl.constexpr, B: tl.constexpr):"
     text = "\n".join([head, *(f"    {line}" for line in lines)]) + "\n"
-    return Source(text, tuple(node.meta["val"].dtype for node in results), largest)
+    numbers = [name for name, of in zip(inputs, passed, strict=True) if isinstance(of, Number)]
+    dtypes = tuple(node.meta["val"].dtype for node in results)
+    return Source(text, dtypes, largest, tuple(numbers))
 
 
 def _per_vector(
@@ -215,10 +242,12 @@ def _traced(
         if isinstance(argument, Tensor):
             shape = (2,) if argument.ndim else ()
             tensors.append(torch.zeros(shape, dtype=argument.dtype, device="cpu"))
+        elif isinstance(argument, Number):
+            tensors.append(torch.zeros((), dtype=torch.float64, device="cpu"))
 
     def with_constants(*given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given[sums:])
-        filled = [next(left) if isinstance(a, Tensor) else a for a in arguments]
+        filled = [next(left) if isinstance(a, (Tensor, Number)) else a for a in arguments]
         return formula(*given[:sums], *filled)
 
     try:
@@ -244,6 +273,11 @@ def _loaded(node: Node, pointer: str) -> str:
     place = f"{pointer} + v" if value.ndim else f"{pointer} + v * 0"
     loaded = f"tl.load({place}, mask=there, other=0)"
     return f"{loaded} != 0" if value.dtype == torch.bool else loaded
+
+
+def _number(name: str) -> str:
+    # As a block of integers first: how many bits a number has is found from its value.
+    return f"(tl.zeros([V], dtype=tl.int64) + {name}).to(tl.float64, bitcast=True)"
 
 
 def _type(node: Node) -> str:
@@ -409,10 +443,12 @@ def _without_nan(
 def signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What a program for these arguments depends on: the dtypes of tensors, and everything else
     itself."""
-    kinds = []
+    kinds: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             kinds.append((argument.dtype, bool(argument.ndim)))
+        elif isinstance(argument, Number):
+            kinds.append(Number)
         else:
             kinds.append(argument)
     return tuple(kinds)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kernels import Runs
 from .partition import indices
 from .pieces import Placement, Sharing
 
@@ -103,7 +104,7 @@ class _Buffer:
     adds: Tensor
     weight_of: Tensor
     length: Tensor
-    others: Tensor
+    others: Runs
 
     def fill(
         self,
@@ -166,11 +167,19 @@ class Reduction:
         # What this rank speaks for; a slice where no vector may be left out, which costs nothing.
         self._chosen = slice(None) if self.everywhere else self._speaks
 
-    @cached_property
+    @property
     def starts(self) -> Tensor:
         """int32 ``(weights + 1,)``: where the vectors of each weight begin."""
-        counts = torch.tensor([0, *self._counts], dtype=torch.int32, device="cpu")
-        return counts.cumsum(0, dtype=torch.int32).to(self.device)
+        return self._all_runs.first
+
+    @cached_property
+    def _all_runs(self) -> Runs:
+        return Runs(slice(None), self.weight_of, len(self._sizes))
+
+    @cached_property
+    def _spoken_runs(self) -> Runs:
+        """Of the vectors that this rank speaks for."""
+        return Runs(self._speaks, self.weight_of[self._speaks], len(self._sizes))
 
     @cached_property
     def spoken(self) -> Tensor | None:
@@ -236,6 +245,7 @@ class Reduction:
         adds_of_held = torch.tensor(adds, dtype=torch.bool, device="cpu")[self.weight_of.cpu()]
         lengths = [length[mask] for length, mask in zip(self._lengths, chosen, strict=True)]
         speaks = self._speaks.cpu()
+        others = speaks[slot[speaks] < 0].to(self.device)
         return _Buffer(
             group=group,
             size=size,
@@ -244,7 +254,7 @@ class Reduction:
             adds=adds_of_held[cut].to(self.device),
             weight_of=self._weights_repeated([int(mask.sum()) for mask in chosen]),
             length=torch.cat(lengths).to(self.device),
-            others=speaks[slot[speaks] < 0].to(self.device),
+            others=Runs(others, self.weight_of[others], len(self._sizes)),
         )
 
     def sum_(
@@ -271,7 +281,7 @@ class Reduction:
         # them, and every rank summarizes those.
         buffer = self._far
         parts = buffer.fill(packed)
-        totals = self._spoken(summarize(packed, self.length), buffer.others)
+        totals = self._add_up(summarize(packed, self.length), buffer.others)
         # Side by side in one message: a second collective would cost its latency again.
         both = all_reduce(torch.cat([parts.flatten(), totals.flatten()]), None)
         sums = both[: parts.numel()].view_as(parts)
@@ -292,15 +302,11 @@ class Reduction:
             for run, (count, weights) in zip(runs, self._alike, strict=True):
                 totals.append(run.reshape(*run.shape[:-1], weights, count).sum(-1))
             return torch.cat(totals, -1)
-        return self._spoken(values, slice(None))
+        return self._add_up(values, self._all_runs)
 
-    def _spoken(
-        self,
-        values: Tensor,
-        chosen: Tensor | slice,
-    ) -> Tensor:
-        totals = values.new_zeros(*values.shape[:-1], len(self._sizes))
-        return totals.index_add_(-1, self.weight_of[chosen], values[..., chosen])
+    def _add_up(self, values: Tensor, runs: Runs) -> Tensor:
+        """Sum ``(..., n)`` values over the chosen vectors of each weight: ``(..., weights)``."""
+        return runs.add_up(values)
 
     def totals(
         self,
@@ -313,7 +319,7 @@ class Reduction:
         """
         if self.everywhere:
             return self.per_weight(values)
-        return self.over_ranks(self._spoken(values, self._speaks))
+        return self.over_ranks(self._add_up(values, self._spoken_runs))
 
     def over_ranks(
         self,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from . import fusion, passes
-from .fusion import Formula
-from .kernels import Kernels
+from .fusion import Formula, Number
+from .kernels import Kernels, Runs
 from .passes import Operand, Pair, Pass
 from .triton_tables import FIELDS, Addresses, Part, RowTables, Unfit
 
@@ -219,6 +219,23 @@ class TritonKernels(Kernels):
             self._launch(programs().combine, [(grid, given, (False, *tables.combining))])
         return out
 
+    def add_up(self, values: Tensor, runs: Runs) -> Tensor:
+        """See `Kernels.add_up`."""
+        try:
+            if values.dtype != torch.float64 or not values.is_contiguous() or not runs.weights:
+                raise Unfit("a program adds up float64 alone")
+            lines = values.numel() // values.shape[-1] if values.numel() else 0
+            out = values.new_empty(*values.shape[:-1], runs.weights)
+            if not lines:
+                return out.zero_()
+            # Weights are to their vectors what vectors are to their slots.
+            grid = (runs.weights, lines)
+            given = (values, values.shape[-1], runs.first, runs.order, runs.weights, out)
+            self._launch(programs().combine, [(grid, given, (False, 1, 1024))])
+        except Unfit:
+            return super().add_up(values, runs)
+        return out
+
     # ---- Formulas on numbers per vector ----
 
     def rule(
@@ -326,9 +343,14 @@ class TritonKernels(Kernels):
         starts: Tensor | None = None,
     ) -> None:
         """Launch a formula's program."""
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        if any(tensor.device != self._device or not _is_whole(tensor) for tensor in tensors):
-            raise Unfit("numbers lie elsewhere")
+        passed: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, Number):
+                passed.append(argument.bits)
+            elif isinstance(argument, Tensor):
+                if argument.device != self._device or not _is_whole(argument):
+                    raise Unfit("numbers lie elsewhere")
+                passed.append(argument)
         if not programs:
             return
         tables = self._tables
@@ -336,7 +358,7 @@ class TritonKernels(Kernels):
         slots = tables.first if sums is None else sums
         places = tables.first if starts is None else starts
         distance = tables.slots if from_slots else tables.n
-        given = (slots, distance, tables.first, tables.order, tables.n, places, *tensors, *results)
+        given = (slots, distance, tables.first, tables.order, tables.n, places, *passed, *results)
         self._launch(program, [((programs,), given, at_once)])
 
     def _written(
@@ -359,7 +381,7 @@ class TritonKernels(Kernels):
         except Unfit as error:
             return error
         name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
-        return programs().program_of(source.text, name), source
+        return programs().program_of(source.text, name, source.numbers), source
 
     # ---- Changes, in place ----
 

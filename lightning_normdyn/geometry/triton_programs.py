@@ -21,6 +21,7 @@ x what is added to it; c the coefficient of x, and a copy.
 from __future__ import annotations
 
 import linecache
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -354,18 +355,20 @@ def write(
 # ---- Formulas ----
 
 
-def program_of(text: str, name: str) -> Any:
+def program_of(text: str, name: str, numbers: Sequence[str] = ()) -> Any:
     """The program ``rule`` that is written in ``text``
     (`lightning_normdyn.geometry.fusion.write_source`).
 
     Args:
         text: its source.
         name: under which the source can be looked up, as if it were a file.
+        numbers: arguments whose values say nothing: without that, 1 and multiples of 16 would be
+            compiled anew.
     """
     # Triton reads the source of a function where Python finds it for a traceback.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"tl": tl, "_total": _total, "__name__": __name__}
-    for function in ("atan2", "atan", "tan", "log1p", "whole_power"):
+    for function in ("atan2", "atan", "sin", "tan", "log1p", "whole_power"):
         namespace[function] = getattr(triton_functions, function)
     exec(compile(text, name, "exec"), namespace)
-    return _program(do_not_specialize=["S", "n"])(namespace["rule"])
+    return _program(do_not_specialize=["S", "n", *numbers])(namespace["rule"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import passes
 from .kernel_choice import make_kernels
-from .kernels import RowIndex, sum_dtype
+from .kernels import RowIndex, Runs, sum_dtype
 from .partition import Partition
 from .passes import Operand, Pair, Pass
 from .pieces import itself
@@ -332,6 +332,9 @@ class WeightVectors(Reduction):
         return self.sum_(sums)
 
     # ---- Values of vectors and of weights ----
+
+    def _add_up(self, values: Tensor, runs: Runs) -> Tensor:
+        return self._kernels.add_up(values, runs)
 
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""

@@ -8,7 +8,7 @@ Nothing but `mean_norms` waits for the device. Legend: ``n`` vectors of this ran
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import nan
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.geometry.formulas import fuses_formulas, work_out
+from lightning_normdyn.geometry.fusion import Number
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers, without_params
 from lightning_normdyn.optimizers.state import has_stepped
 from lightning_normdyn.optimizers.step import Phase, Step
@@ -28,16 +30,15 @@ from .measured_balance import MatrixSums
 from .passed_steps import PassedSteps
 from .pulls import decay_of_vectors
 from .quantities import QUANTITIES, of_matrices, to_measure
-from .step_sums import StepSums, log_smallest, urgency
-
-UNLOGGED = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
-"""Measured for predictions and warnings; no logger gets them."""
-
-DEAD_AFTER = 75
-"""Optimizer steps without any gradient after which a vector counts as dead."""
-
-VOUCHED = 25
-"""How many of them one look may vouch for: between two logging steps there may be thousands."""
+from .step_sums import StepSums
+from .vector_numbers import (
+    UNLOGGED,
+    VOUCHED,
+    Idle,
+    collapsed,
+    numbers_of_vectors,
+    values_of,
+)
 
 WHOLE = len(MatrixSums._fields)
 """Sums over all vectors of a weight as one."""
@@ -129,10 +130,9 @@ class Measured:
         vectors = self.plan.vectors
         # One collective for all sums; the second needs the mean size that this one gives.
         *totals, sizes = vectors.totals(self.values)
-        collapsed = self.size < COLLAPSED * vectors.spread(sizes / vectors.count)
-        if self.active is not None:
-            collapsed &= self.active
-        parts = [*totals, vectors.totals(collapsed.to(sizes.dtype))]
+        numbers = self.size, sizes / vectors.count, vectors.weight_of, COLLAPSED, self.active
+        (is_collapsed,) = work_out(vectors, collapsed, None, numbers)
+        parts = [*totals, vectors.totals(is_collapsed)]
         if self.binned is not None:
             parts.append(bin_vectors(vectors, self.binned).flatten())
         # The flag travels with the sums: to ask for it here would wait for the device.
@@ -249,7 +249,10 @@ class StepGauge:
         asks_exactly = any(QUANTITIES[name].exact for name in asked)
         self._is_exact = shrunk or keeps_vectors or any(standardized) or asks_exactly
         self._keeps_vectors = keeps_vectors
-        self._dead = _DeadVectors(plan)
+        self._idle = Idle.of(plan)
+        self._newest = 0  # number of the step of the newest look at idle vectors
+        vectors = plan.vectors
+        self._not_skipped = torch.zeros(1, dtype=vectors.sum_dtype, device=vectors.device)
         self._sums_before: dict[str, Any] = {}
         self._norms_before: Tensor | None = None
 
@@ -310,7 +313,9 @@ class StepGauge:
         if scale is not None:
             wg = wg / scale.to(wg)
             gg = gg / scale.to(gg) ** 2
-        self._norms_before = ww.sqrt() if is_unchanged else None
+        # A kernel that reads the snapshot anyway takes its norms for nothing.
+        needs_norms = is_unchanged and not fuses_formulas(vectors)
+        self._norms_before = ww.sqrt() if needs_norms else None
         self._sums_before = {
             "lr": plan.rates().clone(),
             "ww": ww,
@@ -366,27 +371,21 @@ class StepGauge:
             passed: the steps up to this one.
         """
         number = self.plan.number(step)
-        values = self._dead.look(sums, number)
-        for name in self.names:
-            formula = QUANTITIES[name].formula
-            # `to_measure` names no quantity without a formula.
-            assert formula is not None
-            values[name] = formula(sums)
+        passed_since = max(0, min(number - self._newest, VOUCHED))
+        self._newest = number
         active = self.plan.active(step)
-        packed = self._pack([values[name] for name in self.measured], sums, active)
-        for i, name in enumerate(self.names):
-            # Sums of squares add up over ranks and optimizers, roots do not.
-            if QUANTITIES[name].average == "rms":
-                packed[i].square_()
         binned = None
-        if histograms and self.binned:
-            binned = torch.stack([values[name] for name in self.binned])
-            if active is not None:
-                # No bin counts a NaN. The angle of a weight outside this step would be 0.
-                binned = torch.where(active, binned, nan)
+        if fuses_formulas(self.plan.vectors) and not (histograms and self.binned):
+            packed, size = self._packed_at_once(sums, passed_since, active)
+        else:
+            values, idle_steps = values_of(self.names, sums, passed_since, self._idle)
+            self._idle.steps.copy_(idle_steps)
+            packed, size = self._pack(values, sums, active), sums.size
+            if histograms and self.binned:
+                binned = self._binned(values, active)
         # Most updates cannot be skipped on the device, so there is no flag to read.
         if step.skipped is None:
-            skipped = packed.new_zeros(1)
+            skipped = self._not_skipped
         else:
             skipped = step.skipped.to(packed.dtype).reshape(1)
         return Measured(
@@ -395,7 +394,7 @@ class StepGauge:
             optimizer_step=number,
             look=look,
             values=packed,
-            size=sums.size,
+            size=size,
             active=active,
             binned=binned,
             kept=None if applied_decay is None else torch.stack([sums.norm, applied_decay]),
@@ -415,6 +414,42 @@ class StepGauge:
         places = {id(group): i for i, group in enumerate(self.plan.optimizer.param_groups)}
         return [places[id(group)] for group in self.plan.groups_of(self.plan.targets)]
 
+    def _binned(self, values: list[Tensor], active: Tensor | None) -> Tensor:
+        by_name = dict(zip(self.names, values, strict=False))
+        binned = torch.stack([by_name[name] for name in self.binned])
+        if active is None:
+            return binned
+        # No bin counts a NaN. The angle of a weight outside this step would be 0.
+        return torch.where(active, binned, nan)
+
+    def _room(self, n: int) -> Tensor:
+        """Memory for `Measured.values`."""
+        # That of the last logging step, if nobody needs it any more: 7 million vectors times a
+        # dozen numbers are worth keeping.
+        out = self.spare
+        self.spare = None
+        rows = 2 * len(self.measured) + WHOLE + 1
+        if out is None or out.shape != (rows, n):
+            vectors = self.plan.vectors
+            out = torch.empty(rows, n, dtype=vectors.sum_dtype, device=vectors.device)
+        return out
+
+    def _packed_at_once(
+        self,
+        sums: StepSums,
+        passed: int,
+        active: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`_pack` and the size of each vector, where a formula is one launch."""
+        vectors = self.plan.vectors
+        out = self._room(vectors.n)
+        idle = self._idle
+        of_step = [getattr(sums, field.name) for field in fields(sums)]
+        numbers = tuple(self.names), Number(passed), idle.steps, idle.log_smallest, active
+        into = *out.unbind(), None, idle.steps
+        *_, size, _ = work_out(vectors, numbers_of_vectors, None, (*numbers, *of_step), into)
+        return out, size
+
     def _pack(self, values: list[Tensor], sums: StepSums, active: Tensor | None) -> Tensor:
         """What is to be summed over vectors, in one tensor: `Measured.values`.
 
@@ -424,13 +459,7 @@ class StepGauge:
         """
         count = len(values)
         size = sums.size
-        # Memory of the last logging step, if nobody needs it any more: 7 million vectors times a
-        # dozen numbers are worth keeping.
-        out = self.spare
-        self.spare = None
-        rows = 2 * count + WHOLE + 1
-        if out is None or out.shape != (rows, len(size)):
-            out = size.new_empty(rows, len(size))
+        out = self._room(len(size))
         numbers = out[:count]
         counts = out[count : 2 * count]
         torch.stack(values, out=numbers)
@@ -446,6 +475,10 @@ class StepGauge:
         # One infinite length would raise the mean, and all other vectors would look collapsed.
         out[-1] = size
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
+        for i, name in enumerate(self.names):
+            # Sums of squares add up over ranks and optimizers, roots do not.
+            if QUANTITIES[name].average == "rms":
+                numbers[i].square_()
         return out
 
 
@@ -457,44 +490,3 @@ def mean_norms(plan: Plan) -> dict[str, float]:
     vectors = plan.vectors
     means = (vectors.totals(vectors.norms()) / vectors.count).tolist()
     return {target.name: mean for target, mean in zip(plan.targets, means, strict=True)}
-
-
-class _DeadVectors:
-    """Finds vectors that no gradient reaches any more, so that only their decay moves them.
-
-    Args:
-        plan: the weights.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        vectors = plan.vectors
-        smallest = [log_smallest(target.weight.dtype) for target in plan.targets]
-        self._log_smallest = vectors.spread(
-            torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device)
-        )
-        self._newest = 0  # number of the step of the newest look
-        self._idle_steps = torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
-
-    def look(self, sums: StepSums, number: int) -> dict[str, Tensor]:
-        """The numbers in `UNLOGGED`, ``(n,)`` each, at the optimizer's step ``number``."""
-        passed = max(0, min(number - self._newest, VOUCHED))
-        radial = sums.radial_change
-        none = torch.zeros_like(self._idle_steps)
-        only_shrinks = (sums.gg == 0) & (radial < 0)
-        # One gradient starts the count anew: the vector is still being trained.
-        self._idle_steps = torch.where(only_shrinks, self._idle_steps + passed, none)
-        self._newest = number
-
-        # Steps multiply the length by 1 + radial, so only their logarithms add up.
-        rate = -torch.log1p(radial)
-        e_foldings_left = sums.size.log() - self._log_smallest
-        # Or it would be over before 75 steps have made it sure.
-        is_falling_fast = (self._idle_steps >= 3) & (e_foldings_left < DEAD_AFTER * rate)
-        is_dead = (self._idle_steps >= DEAD_AFTER) | is_falling_fast
-        return {
-            "lr": sums.lr,
-            "gradient_scale": sums.gg * sums.ww,
-            "dead": is_dead.to(sums.norm.dtype),
-            "dead_rate": torch.where(is_dead, rate, none),
-            "urgency": torch.where(is_dead, urgency(e_foldings_left), none),
-        }

@@ -18,7 +18,7 @@ from lightning_normdyn.geometry import triton_functions, triton_programs
 def test_the_file_knows_only_the_functions_of_the_package():
     """It is imported by name, where an import of ours could hide a circle."""
     assert imports(triton_programs) == {
-        "__future__", "contextlib", "linecache", "typing", "triton.language", FUNCTIONS,
+        "__future__", "collections.abc", "contextlib", "linecache", "typing", "triton.language", FUNCTIONS,
     }  # fmt: skip
     assert imports(triton_functions) == {"__future__", "typing", "triton", "triton.language"}
 
