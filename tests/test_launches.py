@@ -10,12 +10,14 @@ from collections import Counter
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from models import Net, fit_batches
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
+    LRDropRescaling,
     NormDynamicsMonitor,
     RadialBrake,
     RadialProjection,
@@ -24,10 +26,11 @@ from lightning_normdyn import (
     WeightDecay,
     WeightRescaling,
 )
-from lightning_normdyn.geometry import formulas, kernel_choice, triton_kernels
-from lightning_normdyn.geometry.kernel_choice import KernelPath
+from lightning_normdyn.geometry import formulas, fusion, kernel_choice, triton_kernels
 from lightning_normdyn.geometry.fusion import Number
-from lightning_normdyn.geometry.kernels import Kernels, Runs
+from lightning_normdyn.geometry.kernel_choice import KernelPath
+from lightning_normdyn.geometry.kernels import Kernels
+from lightning_normdyn.geometry.pieces import Runs
 from lightning_normdyn.geometry.reduction import Reduction
 from lightning_normdyn.geometry.triton_kernels import TritonKernels
 from lightning_normdyn.monitor.recording import Recording
@@ -167,6 +170,11 @@ def counted(monkeypatch) -> Counted:
     monkeypatch.setattr(
         Reduction, "per_weight", lambda self, values: self._add_up(values, self._all_runs)
     )
+    # A formula's operations are noted once, on tensors without numbers.
+    write = fusion.write_source
+    monkeypatch.setattr(
+        fusion, "write_source", lambda *given, **kind: counted.uncounted(write, *given, **kind)
+    )
     # The host's copies go by themselves, beside the kernels.
     copied = HostCopy.__init__
     monkeypatch.setattr(
@@ -211,13 +219,22 @@ def layers(number: int) -> nn.Sequential:
     return nn.Sequential(*found, nn.Linear(8, 2))
 
 
+class Drop(Callback):
+    """A learning rate that falls before the 19th step."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx == 18:
+            trainer.optimizers[0].param_groups[0]["lr"] /= 10
+
+
 def launches(counted: Counted, callback, optimizer, number: int, dtype=torch.float32) -> int:
     """Of the 19th step, when no more evidence for claims is gathered; without the snapshot, which is
     one call of torch for all weights."""
     torch.manual_seed(0)
     module = Net(optimizer, layers(number), dtype=dtype)
+    falls = [Drop()] if isinstance(callback, LRDropRescaling) else []
     batch = torch.randn(4, 8, dtype=dtype), torch.tensor([0, 1, 0, 1])
-    fit_batches(module, [callback], [batch] * 20)
+    fit_batches(module, [callback, *falls], [batch] * 20)
     # Where nothing was sent in some steps, the last one sent is of the end of the fit.
     return sum(sum(steps[18].values()) for steps in counted.by_phase.values() if len(steps) > 18)
 
@@ -229,6 +246,7 @@ BUDGETS = {
     "projection, told by a copy": (lambda: RadialProjection(), adamw, 3),
     "projection, told by the buffer": (lambda: RadialProjection(), sgd, 3),
     "wrs": (lambda: WeightRescaling(1), sgd, 5),
+    "lr drop": (lambda: LRDropRescaling(), sgd, 6),
     "decay": (lambda: WeightDecay(), adamw, 1),
     "decay-cautious": (lambda: WeightDecay(cautious=True), adamw, 1),
     "brake": (lambda: RadialBrake(0.5), adamw, 3),

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.arguments import Granularity, Params, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, guarded
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
@@ -26,6 +26,7 @@ from lightning_normdyn.engine.rescaling import (
 from lightning_normdyn.engine.value_checks import flag, number, record, table, text
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.formulas import work_out
 from lightning_normdyn.monitor.predictions import balance
 from lightning_normdyn.optimizers.checks import check_rate
 from lightning_normdyn.optimizers.decay import written_decay
@@ -36,6 +37,12 @@ from lightning_normdyn.optimizers.scaling import Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import own_response
 from lightning_normdyn.theory.equilibrium import lr_drop_exponent, never_settles
+
+
+def dropped(factors: Tensor, weight_of: Tensor, *guards: Any) -> tuple[Tensor, Tensor]:
+    """The factor of each vector, and ``bad`` as `lightning_normdyn.engine.plan.guarded` gives it,
+    from ``(targets,)`` factors and the target of each vector."""
+    return guarded(factors[weight_of], 1.0, *guards)
 
 
 @dataclass
@@ -115,8 +122,8 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
     ) -> None:
         plan = self.plan
         vectors = plan.vectors
-        per_target = torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
-        factor = plan.guard(vectors.spread(per_target), 1.0, step)
+        numbers = self._sent(factors), vectors.weight_of, *plan.guards(step)
+        factor, _ = work_out(vectors, dropped, None, numbers, into=(None, plan.bad))
         scaling = self.rescaler.scaling(factor, gradients=True)
         drop = self._drop = _Drop(scaling, rates)
         step.undo_with(lambda: self._take_back(drop))
@@ -125,6 +132,14 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         # at all.
         step.scale(scaling)
         step.when_done(self._mark_now if step.skipped is None else self._mark_later)
+
+    def _sent(self, factors: list[float]) -> Tensor:
+        """One number per target, on the device."""
+        vectors = self.plan.vectors
+        # From pinned memory: a copy of anything else to a GPU waits for all work before it.
+        is_pinned = vectors.device.type == "cuda"
+        host = torch.tensor(factors, dtype=vectors.sum_dtype, device="cpu", pin_memory=is_pinned)
+        return host.to(vectors.device, non_blocking=True)
 
     def _take_back(self, drop: _Drop) -> None:
         """The step has raised: the drop is over for the weights that stepped all the same."""

@@ -10,8 +10,6 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import repeat
 from math import prod
 from typing import Any
@@ -23,7 +21,7 @@ from . import passes
 from .lots import Change, Stack, lots_of, spread
 from .partition import indices
 from .passes import Dims, Kernel, Operand, Pair, Pass, Views
-from .pieces import Placement, Rows, rows_of
+from .pieces import Placement, Rows, Runs, rows_of
 
 CACHED_ENTRIES = 2**17
 """On a CPU, this many float32 entries per thread of two weights and their difference stay in the
@@ -38,42 +36,6 @@ temporaries stay small."""
 # A *row* is a run of a weight's entries on this rank that belong to one vector: a filter, a group
 # of neighbouring filters, a whole matrix, or what a shard holds of one of these. Sums are taken row
 # by row and then given to vectors; factors of vectors are handed to rows.
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Vectors of each weight, to be added up.
-
-    Args:
-        chosen: which of all vectors, in their order.
-        weight_of: int64, the weight of each of them.
-        weights: how many weights there are.
-    """
-
-    chosen: slice | Tensor
-    weight_of: Tensor
-    weights: int
-
-    @cached_property
-    def order(self) -> Tensor:
-        """int32: the chosen vectors, weight after weight."""
-        chosen = self.chosen
-        if isinstance(chosen, slice):
-            chosen = indices(len(self.weight_of))
-        return chosen.to(self.weight_of.device, torch.int32)
-
-    @cached_property
-    def first(self) -> Tensor:
-        """int32 ``(weights + 1,)``: where those of each weight begin in `order`."""
-        ends = indices(self.weights + 1)
-        # On the host, and once: a search on the device would be for a few hundred numbers.
-        first = torch.searchsorted(self.weight_of.cpu(), ends)
-        return first.to(self.weight_of.device, torch.int32)
-
-    def add_up(self, values: Tensor) -> Tensor:
-        """Sum ``(..., n)`` values: ``(..., weights)``."""
-        totals = values.new_zeros(*values.shape[:-1], self.weights)
-        return totals.index_add_(-1, self.weight_of, values[..., self.chosen])
 
 
 class RowIndex:

@@ -274,3 +274,39 @@ def untested(what: str) -> NotSupportedError:
         f"{what}. The layout of sharded weights was tested with {TESTED}; here is torch "
         f"{torch.__version__}. Use the tested version, or another strategy."
     )
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Vectors of each weight, to be added up.
+
+    Args:
+        chosen: which of all vectors, in their order.
+        weight_of: int64, the weight of each of them.
+        weights: how many weights there are.
+    """
+
+    chosen: slice | Tensor
+    weight_of: Tensor
+    weights: int
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int32: the chosen vectors, weight after weight."""
+        chosen = self.chosen
+        if isinstance(chosen, slice):
+            chosen = indices(len(self.weight_of))
+        return chosen.to(self.weight_of.device, torch.int32)
+
+    @cached_property
+    def first(self) -> Tensor:
+        """int32 ``(weights + 1,)``: where those of each weight begin in `order`."""
+        ends = indices(self.weights + 1)
+        # On the host, and once: a search on the device would be for a few hundred numbers.
+        first = torch.searchsorted(self.weight_of.cpu(), ends)
+        return first.to(self.weight_of.device, torch.int32)
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum ``(..., n)`` values: ``(..., weights)``."""
+        totals = values.new_zeros(*values.shape[:-1], self.weights)
+        return totals.index_add_(-1, self.weight_of, values[..., self.chosen])

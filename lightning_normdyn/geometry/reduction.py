@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels import Runs
 from .partition import indices
-from .pieces import Placement, Sharing
+from .pieces import Placement, Runs, Sharing
 
 
 def world_size() -> int:

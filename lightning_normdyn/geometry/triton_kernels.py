@@ -24,8 +24,9 @@ from torch import Tensor
 
 from . import fusion, passes
 from .fusion import Formula, Number
-from .kernels import Kernels, Runs
+from .kernels import Kernels
 from .passes import Operand, Pair, Pass
+from .pieces import Runs
 from .triton_tables import FIELDS, Addresses, Part, RowTables, Unfit
 
 WARPS = 4

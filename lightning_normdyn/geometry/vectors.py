@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import passes
 from .kernel_choice import make_kernels
-from .kernels import RowIndex, Runs, sum_dtype
+from .kernels import RowIndex, sum_dtype
 from .partition import Partition
 from .passes import Operand, Pair, Pass
-from .pieces import itself
+from .pieces import Runs, itself
 from .placement import hidden_entries, is_plain, place_all, version_of
 from .reduction import Reduction, Summarize
 

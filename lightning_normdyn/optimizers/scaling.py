@@ -135,7 +135,8 @@ class Scaling:
         vectors.scale_(self.factor)
         # A gradient goes as one over the length, so it is divided.
         if self.gradients:
-            vectors.scale_(1 / self.factor, vectors.gradients())
+            # Two operations as a quotient.
+            vectors.scale_(self.factor.reciprocal(), vectors.gradients())
         for exponent, watch in self._buffers.values():
             vectors.scale_(self.factor**exponent, vectors.local(watch.tensors))
         for statistics, _ in self._statistics:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lightning_normdyn.monitor.averages import Averages
-from lightning_normdyn.monitor.vector_numbers import UNLOGGED
 from lightning_normdyn.monitor.quantities import QUANTITIES
+from lightning_normdyn.monitor.vector_numbers import UNLOGGED
 
 NAMES = ["weight_norm", "angular_update", *UNLOGGED]
 

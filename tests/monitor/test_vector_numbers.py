@@ -11,7 +11,6 @@ from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor import measure
 from lightning_normdyn.monitor.vector_numbers import DEAD_AFTER, Idle, collapsed, values_of
-from test_launches import adamw
 
 
 def sums_of_idle(radial: float):
@@ -53,7 +52,7 @@ def test_one_formula_tells_the_same_as_torch_alone(monkeypatch, rules):
         monitor = NormDynamicsMonitor(1, tables=False)
         with pytest.warns(NormDynWarning, match="not finite"):
             fit(
-                Walk(weight, adamw),
+                Walk(weight, lambda p: torch.optim.AdamW(p, lr=1e-3)),
                 [*rules, monitor],
                 batches(noise(3, (6, 5))),
                 max_epochs=1,
