@@ -2,7 +2,8 @@
 spilled, and where aligned rows are not read 16 bytes at once.
 
     python tests/geometry/compile_programs.py            # all dtypes
-    python tests/geometry/compile_programs.py float32    # one
+    python tests/geometry/compile_programs.py float32    # one, and the formulas of rules
+    python tests/geometry/compile_programs.py rules      # these alone
 """
 
 from __future__ import annotations
@@ -26,14 +27,22 @@ from triton.compiler import ASTSource
 
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.callbacks.adaptive_weight_shrink import shrink_by_norm, shrink_by_std
+from lightning_normdyn.callbacks.lr_drop_rescaling import dropped
 from lightning_normdyn.callbacks.radial_brake import braked
-from lightning_normdyn.callbacks.radial_projection import shortened
+from lightning_normdyn.callbacks.radial_projection import (
+    gate_sums,
+    shortened,
+    shortened_by_buffer,
+    shortened_by_totals,
+)
+from lightning_normdyn.callbacks.rotation_control import turned
 from lightning_normdyn.callbacks.weight_decay import pulled
 from lightning_normdyn.callbacks.weight_rescaling import rescaled
+from lightning_normdyn.engine.effect import Rotation
 from lightning_normdyn.geometry import kernel_choice
 from lightning_normdyn.geometry import triton_programs as programs
-from lightning_normdyn.geometry.formulas import squares, work_out
-from lightning_normdyn.geometry.fusion import write_source
+from lightning_normdyn.geometry.formulas import squares, take_with_totals, work_out
+from lightning_normdyn.geometry.fusion import Number, write_source
 from lightning_normdyn.geometry.kernel_choice import KernelPath
 from lightning_normdyn.geometry.triton_kernels import (
     SCALE_AND_ADD,
@@ -43,6 +52,8 @@ from lightning_normdyn.geometry.triton_kernels import (
     TritonKernels,
 )
 from lightning_normdyn.geometry.triton_tables import ALIGNED, FIELDS
+from lightning_normdyn.monitor.quantities import QUANTITIES
+from lightning_normdyn.monitor.vector_numbers import collapsed, numbers_of_vectors
 
 CAPABILITIES = (80, 90)
 # A few stores to the stack are how the compiler keeps an address; a loop that spills has many.
@@ -51,13 +62,13 @@ ALIGNED_LOAD = re.compile(r"ld\.global[\w.:]*\.v(4\.b32|2\.b64|8\.b16)")
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 POINTERS = {
     "records": "*i64", "addresses": "*i64", "W": "i32", "out": "*fp64", "S": "i32",
-    "slots": "*fp64", "first": "*i32", "order": "*i32", "n": "i32", "vectors": "*i32",
+    "slots": "*fp64", "starts": "*i32", "first": "*i32", "order": "*i32", "n": "i32", "vectors": "*i32",
     "factor": "*fp64", "coefficient": "*fp64", "stretch": "*fp64",
 }  # fmt: skip
 DTYPES = {
     "float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "float64": tl.float64,
 }  # fmt: skip
-SIGNS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bool: "*i1"}
+SIGNS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bool: "*i1", torch.int64: "*i64"}
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any]]
 
@@ -108,22 +119,45 @@ def rules() -> Iterator[Case]:
         yield f"combine {vectors} x {slots}", programs.combine, POINTERS, constants
     n = torch.ones(2, dtype=torch.float64)
     flags, skipped = torch.ones(2, dtype=torch.bool), torch.zeros(())
+    weight_of = torch.zeros(2, dtype=torch.int64)
     guards = flags, flags, skipped
+    held = Rotation(0.01, "exact", "hold", "initial", "sqrt_lr", 0.0, True)
+    smooth = Rotation("lr", "at_most", "free", "initial", "lr", 0.9, True)
+    fields = n, n, n, n, n, n, n, n, n, flags, n, flags, n, n, n
+    names = tuple(name for name, quantity in QUANTITIES.items() if quantity.formula is not None)
     for formula, sums, arguments in (
-        (shrink_by_norm, 1, (n, 0.1, *guards)),
-        (shrink_by_std, 2, (flags, n, n, 0.1, *guards)),
+        (shrink_by_norm, 1, (n, 0.1, n, *guards)),
+        (shrink_by_std, 2, (flags, n, n, 0.1, n, *guards)),
         (shortened, 2, (n, n, 1.0, flags, *guards)),
+        (shortened_by_buffer, 3, (n, n, 1.0, flags, *guards)),
+        (shortened_by_totals, 2, (weight_of, 0.1, *[n] * 7, n, n, 1.0, flags, *guards)),
+        (gate_sums, 3, (n, 0.1)),
         (rescaled, 1, (n, *guards)),
-        (braked, 3, (0.5, 1.0, "norm", n, *guards)),
-        (braked, 3, (0.5, 1.0, "radial", n, *guards)),
-        (pulled, 0, (n, n, flags, *guards)),
+        (dropped, 0, (n, weight_of, *guards)),
+        (braked, 3, (0.5, 1.0, "norm", n, n, *guards)),
+        (braked, 3, (0.5, 1.0, "radial", n, n, *guards)),
+        (pulled, 0, (n, n, flags, n, *guards)),
+        (turned, 3, (held, n, n, None, None, n, *guards, HELD, n, n, n)),
+        (turned, 3, (smooth, n, None, n, flags, n, *guards, SMOOTHED, n, n)),
+        (numbers_of_vectors, 0, (names, Number(3), n, n, flags, *fields)),
+        (collapsed, 0, (n, n, weight_of, 1e-3, flags)),
     ):
-        source = write_source(formula, sums, arguments, from_slots=sums > 0)
-        program = programs.program_of(source.text, f"<{formula.__name__} {len(arguments)}>")
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        types = {f"i{i}": SIGNS[t.dtype] for i, t in enumerate(tensors)}
-        types |= {f"o{i}": SIGNS[dtype] for i, dtype in enumerate(source.dtypes)}
-        yield formula.__name__, program, POINTERS | types, {"V": 64, "B": 16}
+        totals = formula is gate_sums
+        source = write_source(formula, sums, arguments, from_slots=sums > 0, totals=totals)
+        name = f"<{formula.__name__} {len(arguments)}>"
+        program = programs.program_of(source.text, name, source.numbers)
+        given = [argument for argument in arguments if isinstance(argument, (torch.Tensor, Number))]
+        types = {}
+        for i, argument in enumerate(given):
+            types[f"i{i}"] = "i64" if isinstance(argument, Number) else SIGNS[argument.dtype]
+        for i, dtype in enumerate(source.dtypes):
+            types[f"o{i}"] = "*fp64" if totals else SIGNS[dtype]
+        sizes = {"V": 1024, "B": 1} if totals else {"V": 64, "B": 16}
+        yield formula.__name__, program, POINTERS | types, sizes
+
+
+HELD = ("initial_norm", "log_scale", "lr_max")
+SMOOTHED = ("mean_square_tangent", "averaged_steps")
 
 
 def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], capability: int):
@@ -185,8 +219,10 @@ def as_they_are_launched() -> None:
     vectors.scale_(n.float())
     vectors.stretch_(before, n, n)
     vectors.decay_shortened_(n, before)
-    numbers = n, 0.1, flags, None, torch.zeros(())
+    numbers = n, Number(0.1), n, flags, None, torch.zeros(())
     work_out(vectors, shrink_by_norm, squares(vectors), numbers, into=(None, flags))
+    take_with_totals(vectors, squares(vectors), lambda ww, length: (ww, length))
+    vectors.totals(n)
     print("as they are launched:", names)
     assert {"sums", "combine", "write", "rule"} == set(names)
 
@@ -194,8 +230,9 @@ def as_they_are_launched() -> None:
 def main(dtypes: list[str]) -> None:
     print(f"triton {triton.__version__}")
     for capability in CAPABILITIES:
-        cases = [case for name in dtypes for case in sums_and_writes(name)]
-        if "float32" in dtypes:
+        cases = [case for name in dtypes if name in DTYPES for case in sums_and_writes(name)]
+        # Rules know no dtype of weights.
+        if "float32" in dtypes or dtypes == ["rules"]:
             cases += rules()
         for text, program, types, constants in cases:
             start = time.perf_counter()
