@@ -263,7 +263,7 @@ def shrink_factor(
     """
     wide = _wide(norm)
     factor = (1 - lr * alpha * wide).clamp(min=MIN_SHRINK_FACTOR)
-    return _narrow(factor.where(wide.isfinite(), 1.0), norm)
+    return _narrow(factor.where(wide.abs() < math.inf, 1.0), norm)
 
 
 def rescale_factor(norm: Tensor, target_norm: Scalar) -> Tensor:
@@ -283,7 +283,7 @@ def rescale_factor(norm: Tensor, target_norm: Scalar) -> Tensor:
         tensor([0.2500, 1.0000])
     """
     factor = target_norm / _wide(norm)
-    return _narrow(factor.where(factor.isfinite() & (factor > 0), 1.0), norm)
+    return _narrow(factor.where((factor > 0) & (factor < math.inf), 1.0), norm)
 
 
 def project_tangent(update: Tensor, weight: Tensor) -> Tensor:

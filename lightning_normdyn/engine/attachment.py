@@ -22,7 +22,7 @@ from .flavours import Trainer
 from .lightning_facts import wrapped_optimizers
 from .member import Member
 from .messages import show, warn_once
-from .weights import Layout, Weights, held_by
+from .weights import Layout, LayoutReader, Weights, held_by
 
 # The rank of what comes after whatever callbacks do in a phase.
 LAST = 1000
@@ -110,6 +110,7 @@ class Attached:
         removers: take the session's handlers away again.
         resolved_for: the verdicts and param groups that its plans were made for.
         steps_at_watch: of its bracket, when a forward pass was last watched.
+        layout: reads which weights its param groups hold.
     """
 
     outer: Any
@@ -120,6 +121,7 @@ class Attached:
     removers: list[Callable[[], None]] = field(default_factory=list)
     resolved_for: tuple[int, Layout] | None = None
     steps_at_watch: int = 0
+    layout: LayoutReader = field(default_factory=LayoutReader)
 
     @property
     def optimizer(self) -> Optimizer:

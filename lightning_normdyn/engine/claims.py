@@ -163,21 +163,26 @@ class Claims:
             index: of the optimizer, the same on every rank.
             as_received: whether the optimizer's gradients are the loss's own.
         """
-        trainer = self._trainer
-        # Clipping by value turns the gradient.
-        algorithm = str(trainer.gradient_clip_algorithm).lower()
-        by_value = bool(trainer.gradient_clip_val) and algorithm.endswith("value")
+        logging_step = self._clock.logging_step
+        # In most steps nothing is looked at, and then nobody asks how gradients came about.
+        is_due = self.evidence.is_due(index, logging_step)
         judged = self.evidence.judged
         contradictions = self.evidence.question(
             index,
-            self._clock.logging_step,
-            trusted=not changed_between_ranks(trainer.strategy.model),
-            as_received=as_received and not by_value,
+            logging_step,
+            trusted=is_due and not changed_between_ranks(self._trainer.strategy.model),
+            as_received=is_due and as_received and not self._clips_by_value(),
         )
         for contradiction in contradictions:
             self._withdraw(contradiction)
         if self.evidence.judged != judged:
             self._mark_confirmed()
+
+    def _clips_by_value(self) -> bool:
+        """Whether the Trainer clips gradients by value, which turns them."""
+        trainer = self._trainer
+        algorithm = str(trainer.gradient_clip_algorithm).lower()
+        return bool(trainer.gradient_clip_val) and algorithm.endswith("value")
 
     def _claimed(self, weights: Iterable[Tensor]) -> dict[Tensor, Verdict]:
         """The weights of which the graph claims something, and what."""

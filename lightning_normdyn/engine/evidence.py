@@ -195,6 +195,9 @@ class Evidence:
         since."""
         doubted = []
         for examination in self._examinations.values():
+            # Asked in every batch, and nearly always no claim is looked at closely.
+            if not examination.close:
+                continue
             for record in self._records_of(examination):
                 if record.close and record.doubt_count > 0:
                     doubted.append(record.claim)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import nan
+from functools import cached_property, partial
+from math import inf, nan
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -111,9 +111,10 @@ def guarded(
         >>> guarded(values, 1.0, bad, None, None)
         (tensor([2., 1.]), tensor([False,  True]))
     """
-    good = torch.isfinite(values)
+    # Two comparisons where `isfinite` is four operations; NaN fails both.
+    good = values.abs() < inf
     if norms is not None:
-        good = good & torch.isfinite(norms) & (norms > 0)
+        good = good & (norms > 0) & (norms < inf)
     # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
     return torch.where(are_treated(good, active, skipped), values, neutral), bad | ~good
 
@@ -332,9 +333,9 @@ class Plan:
         non-finite number. The last two are remembered in ``bad``.
         """
         # Everything stays on the device: who is left alone is read when somebody asks for it.
-        good = torch.isfinite(values)
+        good = values.abs() < inf
         if norms is not None:
-            good &= torch.isfinite(norms) & (norms > 0)
+            good &= (norms > 0) & (norms < inf)
         self.bad |= ~good
         active = self.active(step)
         self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
@@ -405,7 +406,7 @@ class Plan:
                 places[where] = there.start if is_whole else unknown
         return places.to(self.vectors.device)
 
-    @property
+    @cached_property
     def invariant(self) -> list[bool]:
         """For each target whether the loss is known not to see its length."""
         return [target.scale_invariant for target in self.targets]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
@@ -30,8 +31,11 @@ from .lightning_facts import batches_that_stepped, callbacks_of, log_every, set_
 from .looks import Looks
 from .member import Member
 from .messages import show, warn_once
-from .weights import Layout, Weights, held_by, is_measurable, layout_of
+from .weights import Layout, Weights, held_by, is_measurable
 from .witness import Witness
+
+# Asked of every parameter in every batch, so without a Python frame for each.
+_IS_TRAINED = attrgetter("requires_grad")
 
 
 class Session:
@@ -139,8 +143,9 @@ class Session:
         Returns:
             The layout of the optimizer's param groups.
         """
-        optimizer = self.attachment.entries[index].optimizer
-        layout = layout_of(optimizer)
+        entry = self.attachment.entries[index]
+        optimizer = entry.optimizer
+        layout = entry.layout.read(optimizer)
         new = self.weights.take_in(index, optimizer, layout, final=final)
         if not new:
             return layout
@@ -171,7 +176,7 @@ class Session:
 
         # What decides the graph's shape and may change during a fit: frozen weights, and mode, kind
         # and settings of normalizations.
-        is_trained = [weight.requires_grad for weight in self.weights.names]
+        is_trained = list(map(_IS_TRAINED, self.weights.names))
         state = is_trained, self.search.normalizations.state()
         is_worth_a_look = self.looks.begin_batch(wanted=self.search.masks.wants_a_look)
         if self._watched == state and not is_worth_a_look:
@@ -215,7 +220,9 @@ class Session:
             self.claims.read(loss)
             self._analyzed = True
         for index, entry in enumerate(self.attachment.entries):
-            settled = entry.resolved_for == self._basis(layout_of(entry.optimizer))
+            # As read when the batch began. Groups that have changed since make other vectors at the
+            # step, and gradients that were taken for these are then no evidence.
+            settled = entry.resolved_for == self._basis(entry.layout.latest)
             self.claims.watch_gradients(index, entry.optimizer, loss, settled=settled)
 
     def batch_end(self) -> None:

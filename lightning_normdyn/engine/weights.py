@@ -2,6 +2,9 @@
 have as a whole, and which of them come later."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,11 +157,47 @@ def held_by(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def layout_of(optimizer: Optimizer) -> Layout:
-    """The param groups of an optimizer by identity: it changes when a group joins, grows, or gets
-    other weights."""
-    # Ids, since layouts are compared: `==` on tensors compares their entries.
-    return tuple((id(group), *map(id, group["params"])) for group in optimizer.param_groups)
+class LayoutReader:
+    """Reads the param groups of one optimizer by identity, at every batch and step: what it gives
+    changes when a group joins, grows, or gets other weights.
+
+    Attributes:
+        latest: what was read last.
+
+    Example:
+        >>> reader, first = LayoutReader(), torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([first], lr=0.1)
+        >>> before = reader.read(optimizer)
+        >>> reader.read(optimizer) is before
+        True
+        >>> optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(2))
+        >>> reader.read(optimizer) == before
+        False
+    """
+
+    def __init__(self) -> None:
+        self.latest: Layout = ()
+        self._groups: list[Any] = []
+        self._lengths: list[int] = []
+        # The weights themselves and not their ids: an id may pass on to another object.
+        self._weights: list[Tensor] = []
+
+    def read(self, optimizer: Optimizer) -> Layout:
+        """The layout as it is now; the same object as before where nothing has changed."""
+        groups = optimizer.param_groups
+        lists = [group["params"] for group in groups]
+        # Identity, item by item and without a Python frame for each: `==` on tensors compares
+        # their entries.
+        is_same = (
+            list(map(len, lists)) == self._lengths
+            and all(map(is_, groups, self._groups))
+            and all(map(is_, chain.from_iterable(lists), self._weights))
+        )
+        if not is_same:
+            self._groups, self._lengths = list(groups), list(map(len, lists))
+            self._weights = list(chain.from_iterable(lists))
+            self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)
+        return self.latest
 
 
 def is_measurable(weight: Tensor) -> bool:

@@ -188,6 +188,7 @@ class Stack(Lot):
         self._slices_of_row = length // prod(self._inner)
         largest = max(self._sizes) * prod(self._inner)
         self._changes_in_place = largest > COPIED_ENTRIES
+        self._kept: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
     def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
         """See `Lot.views`: copies, with zeros for the weights that an operand has not."""
@@ -242,7 +243,9 @@ class Stack(Lot):
         scaled: list[Any] = [tensors[self.weights[i]] for i in present]
         # In place, and not by copies: one pass over memory, and half the calls.
         factors = self._by_weight(factor, scaled[0])
-        torch._foreach_mul_(scaled, [factors[i] for i in present])
+        if len(present) < len(factors):
+            factors = [factors[i] for i in present]
+        torch._foreach_mul_(scaled, factors)
 
     def change_(
         self, change: Change, operands: Sequence[Operand], numbers: Sequence[Tensor]
@@ -264,15 +267,30 @@ class Stack(Lot):
             if changed is None or any(tensor is None for tensor in tensors):
                 continue
             if kept is None:
-                kept = [self._by_weight(number, changed) for number in numbers]
+                kept = [
+                    self._by_weight(number, changed, place) for place, number in enumerate(numbers)
+                ]
             change(tensors, *[of_weights[i] for of_weights in kept])
 
-    def _by_weight(self, numbers: Tensor, like: Tensor) -> list[Tensor]:
-        """From one number per row those of each weight, of a shape that broadcasts over it."""
-        if self._slices_of_row > 1:
-            numbers = numbers.repeat_interleave(self._slices_of_row)
-        numbers = spread(numbers, [-1, *[1] * len(self._inner)], like)
-        return list(numbers.split_with_sizes(self._sizes))
+    def _by_weight(self, numbers: Tensor, like: Tensor, place: int = 0) -> list[Tensor]:
+        """From one number per row those of each weight, of a shape that broadcasts over it: valid
+        until the next ones are asked for at the same ``place``."""
+        kind = place, like.device, passes.own_precision(like)
+        if kind not in self._kept:
+            self._kept[kind] = self._new_numbers(*kind[1:])
+        of_rows, of_weights = self._kept[kind]
+        of_rows.copy_(numbers.view(-1, 1))
+        return of_weights
+
+    def _new_numbers(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """Memory for one number per slice along the first dimension, as seen by rows and by
+        weights."""
+        # Kept, since cutting it anew in each step would cost as much as what is done with it.
+        of_slices = torch.empty(
+            self.rows * self._slices_of_row, *[1] * len(self._inner), dtype=dtype, device=device
+        )
+        of_rows = of_slices.view(self.rows, self._slices_of_row)
+        return of_rows, list(of_slices.split_with_sizes(self._sizes))
 
 
 def spread(

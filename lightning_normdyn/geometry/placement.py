@@ -8,6 +8,7 @@ to one vector each, and which vectors other ranks hold pieces of.
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from math import prod
+from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -185,9 +186,7 @@ def gradient_of(weight: Tensor) -> Tensor | None:
 def gradients_of(weights: Iterable[Tensor]) -> list[Tensor | None]:
     """`gradient_of` each weight."""
     # For every weight of every step: a call for each would take longer than what it asks.
-    if knows_slices():
-        return list(map(gradient_of, weights))
-    return [weight.grad for weight in weights]
+    return list(map(gradient_of if knows_slices() else _GRADIENT, weights))
 
 
 def with_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -209,6 +208,10 @@ def version_of(weight: Tensor) -> int:
 
 def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     """`version_of` each tensor; 0 for None."""
+    tensors = list(tensors)
+    # The common case without a Python frame for each.
+    if not knows_slices() and _ITSELF.issuperset(map(type, tensors)):
+        return list(map(_VERSION, tensors))
     versions = []
     any_sliced = knows_slices()
     for tensor in tensors:
@@ -220,6 +223,9 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
             versions.append(tensor._version)
     return versions
 
+
+_GRADIENT = attrgetter("grad")
+_VERSION = attrgetter("_version")
 
 # Types of tensors that are nothing but their numbers.
 _ITSELF = frozenset([Tensor, nn.Parameter])

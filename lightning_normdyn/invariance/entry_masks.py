@@ -372,16 +372,24 @@ class MaskMemory:
         """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
         layer, and replaces or writes that."""
         state: list[object] = list(map(len, self._buffers_of_owners))
-        # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
-        for i, hooks in enumerate(self._hooks_of_owners):
-            pruning = sum(isinstance(h, BasePruningMethod) for h in hooks.values()) if hooks else 0
-            if pruning:
-                state.append((i, pruning))
+        # Asked in every batch, and nearly always nobody has a hook.
+        if any(self._hooks_of_owners):
+            state += self._pruning_hooks()
         for owner, name in self._buffers:
             buffer = owner._buffers.get(name)
             if buffer is not None:
                 state.append((id(buffer), buffer._version))
         return state
+
+    def _pruning_hooks(self) -> list[object]:
+        """How many hooks of pruning each layer has that has some."""
+        found: list[object] = []
+        for i, hooks in enumerate(self._hooks_of_owners):
+            # The search adds hooks of its own while it watches a batch.
+            pruning = sum(isinstance(h, BasePruningMethod) for h in hooks.values())
+            if pruning:
+                found.append((i, pruning))
+        return found
 
 
 def _owns_a_matrix(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ kind and settings, their mode and the set of trained weights are what they were.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -110,52 +110,62 @@ class Normalizations:
         return tuple(state)
 
 
+Reader = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+"""Reads mode and settings of a normalization from its attributes."""
+
+
 class _Objects:
     """Modules and their settings by identity.
 
     Args:
         modules: the normalizations.
-        readers: for each what reads mode and settings from its attributes.
-        values: what they have read.
+        alike: what reads their mode and settings, and from which attributes: those of all modules
+            that have the same settings.
+        values: what was read, in the same order.
     """
 
     def __init__(
         self,
         modules: Sequence[Any],
-        readers: Sequence[Callable[[Mapping[str, Any]], tuple[Any, ...]]],
+        alike: Sequence[tuple[Reader, list[dict[str, Any]]]],
         values: Sequence[Any],
     ) -> None:
-        self._modules, self._readers, self._values = modules, readers, values
-        self._attributes = list(map(vars, modules))
+        self._modules, self._alike, self._values = modules, alike, values
 
     @classmethod
     def of(cls, modules: Sequence[Any], settings: Sequence[tuple[str, ...]]) -> _Objects | None:
         """Of these modules; None where they cannot be told by identity: one is gone or is of
         another kind, or a setting is a list, which may change and stay the same object."""
-        readers, values = [], []
+        by_settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for module, names in zip(modules, settings, strict=True):
             if module is None or not all(name in vars(module) for name in names):
                 return None
-            # Twice: of one name alone it would not read a tuple.
-            reader = itemgetter("training", "training", *names)
-            found = reader(vars(module))
-            if any(isinstance(value, list) for value in found):
-                return None
-            readers.append(reader)
-            values += found
-        return cls(modules, readers, values)
+            by_settings.setdefault(names, []).append(vars(module))
+        # Twice: of one name alone a reader would not read a tuple.
+        alike = [
+            (itemgetter("training", "training", *names), attributes)
+            for names, attributes in by_settings.items()
+        ]
+        values = list(_read(alike))
+        if any(isinstance(value, list) for value in values):
+            return None
+        return cls(modules, alike, values)
 
     def are_same(self, modules: Sequence[Any]) -> bool:
         """Whether these are the same modules, with the same objects as settings."""
         if not all(map(is_, modules, self._modules)):
             return False
-        now = []
-        for reader, attributes in zip(self._readers, self._attributes, strict=True):
-            try:
-                now.append(reader(attributes))
-            except KeyError:  # a setting was taken away
-                return False
-        return all(map(is_, chain.from_iterable(now), self._values))
+        try:
+            return all(map(is_, _read(self._alike), self._values))
+        except KeyError:  # a setting was taken away
+            return False
+
+
+def _read(alike: Iterable[tuple[Reader, list[dict[str, Any]]]]) -> Iterator[Any]:
+    """Mode and settings of all modules, one after the other."""
+    # A Python frame for each kind of normalization, not for each of them.
+    of_kinds = [map(reader, attributes) for reader, attributes in alike]
+    return chain.from_iterable(chain.from_iterable(of_kinds))
 
 
 @dataclass(frozen=True)

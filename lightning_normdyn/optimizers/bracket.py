@@ -31,6 +31,11 @@ from .views import torch_optimizers
 from .wrappers import closure_does_nothing
 
 
+def _hooked_steps(kind: type[Optimizer]) -> int:
+    """How many ``step`` methods of a class and its bases torch has put hooks around."""
+    return sum(getattr(vars(c).get("step"), "hooked", False) for c in kind.__mro__)
+
+
 class _Entry(NamedTuple):
     """A handler and its place in the order of a step."""
 
@@ -226,8 +231,7 @@ class StepBracket(Bracket):
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         # As many of torch's hooks can be open as steps of this class and its bases are hooked. If
         # there are more, an earlier step raised and never came to its end.
-        hooked = sum(getattr(vars(c).get("step"), "hooked", False) for c in type(optimizer).__mro__)
-        if self._depth >= hooked:
+        if self._depth and self._depth >= _hooked_steps(type(optimizer)):
             self._depth = 0
         self._depth += 1
         # torch calls the hooks again for the super().step() of a subclass: the same step.
@@ -242,7 +246,7 @@ class StepBracket(Bracket):
             return (view, *others), kwargs
         self.evaluations = 0
         # What a step that raised has left behind goes before new gradients are taken.
-        if not closure_does_nothing(closure):
+        if self._step is not None and not closure_does_nothing(closure):
             self.take_back()
 
         def wrapped(*a: Any, **k: Any) -> Any:
@@ -286,6 +290,7 @@ class StepBracket(Bracket):
         self.take_back(gradients_count=True)
         self.forget_snapshots()
         held = [group["params"] for group in self.optimizer.param_groups]
+        # Usually the first that is asked has one.
         if not any(map(has_gradient, chain.from_iterable(held))):
             return
         # Fixed here for the whole step, which may free or replace gradients.
@@ -367,7 +372,6 @@ class StepBracket(Bracket):
             return []
         return self._step.scalings
 
-    @torch.no_grad()
     def take_back(self, *, gradients_count: bool = False) -> None:
         """If the last step raised, make the weights what they were before it, up to one rounding.
 
@@ -379,10 +383,11 @@ class StepBracket(Bracket):
         """
         step, self._step = self._step, None
         self._settings_left = None
+        # Called several times in every step, nearly always for nothing.
         if step is not None:
-            step.take_back(gradients_count=gradients_count)
+            with torch.no_grad():
+                step.take_back(gradients_count=gradients_count)
 
-    @torch.no_grad()
     def restore(self, *, after_update: bool = False) -> None:
         """Give the optimizer its own gradients back, and show nobody split param groups any more.
 

@@ -8,6 +8,7 @@ done, and what the optimizer has stepped since.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from operator import and_, is_not, ne, or_
 from typing import Any
 from weakref import ref
@@ -154,7 +155,11 @@ class Scaling:
     def seal_gradients(self) -> None:
         """`seal` the gradients again: they were changed for the step and put back."""
         gradients = gradients_of(self.vectors.weights)
-        self._gradients_left = [None if held is None else ref(held) for held in gradients]
+        # Where all weights have one, without a Python frame for each.
+        references: Any = map(_reference, gradients)
+        if all(map(is_not, gradients, repeat(None))):
+            references = map(ref, gradients)
+        self._gradients_left = list(references)
         self._gradient_versions = versions_of(gradients)
 
     def untouched(self) -> bool:
@@ -395,6 +400,10 @@ def _put_statistics_back(norm: nn.Module, entry: Ahead) -> bool:
         return False
     _rescale_statistics(norm, buffers, 1 / factor, bias)
     return True
+
+
+def _reference(gradient: Tensor | None) -> ref[Tensor] | None:
+    return None if gradient is None else ref(gradient)
 
 
 def _written_buffers(statistics: Statistics, watch: _Watch) -> dict[str, Tensor]:

@@ -191,18 +191,23 @@ class DecayTakeover:
             after_update: whether only the update has been there since. If the step raised, somebody
                 may have written new gradients into the same memory: these stay.
         """
+        if self._gradients:
+            self._put_gradients_back(step, after_update=after_update)
+        view = None if self._view is None else self._view()
+        self._view = None
+        if view is not None:
+            unsplit(view)
+
+    @torch.no_grad()
+    def _put_gradients_back(self, step: Step | None, *, after_update: bool) -> None:
         changed, self._gradients = self._gradients, []
         for gradient, before, version in changed:
             if after_update or gradient._version == version:
                 gradient.copy_(before)
         # Putting them back has raised their versions, which must not look like new gradients.
-        if changed and step is not None:
+        if step is not None:
             for scaling in step.scalings:
                 scaling.seal_gradients()
-        view = None if self._view is None else self._view()
-        self._view = None
-        if view is not None:
-            unsplit(view)
 
     # -------------------------------------------------- what nobody claimed and loses its decay
 
