@@ -20,9 +20,9 @@ from lightning_normdyn.optimizers.decay import AnOptimizer
 from lightning_normdyn.optimizers.recognition import class_for_predictions
 from lightning_normdyn.theory.outlook import free_decay_rate, steps_to_overflow, total_decay
 
-from .ledger import Norms
 from .loggers import publish_alert
 from .measure import StepGauge
+from .norm_table import Norms
 from .predictions import balance
 from .step_sums import least_of
 

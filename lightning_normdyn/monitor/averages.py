@@ -2,10 +2,11 @@
 at once, since Python takes ten times as long for each of them."""
 
 from collections.abc import Sequence
+from math import nan
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .by_weight import Doubles, Flags
 from .quantities import QUANTITIES
 
 
@@ -19,51 +20,59 @@ class Averages:
         counts: ``(k, w)``, over how many vectors.
 
     Attributes:
-        are_finite: for each weight whether all of its averages are numbers.
+        means: ``(k, w)``.
+        are_there: ``(k, w)``. Where no vector had a gradient, or none has a number, there is no
+            average: a NaN would say that the run has diverged.
 
     Example:
         >>> sums = np.array([[6.0, 8.0], [8.0, 0.0]])
         >>> averages = Averages(["weight_norm", "angular_update"], sums, np.array([[2, 2], [2, 0]]))
-        >>> averages.of(0), averages.of(1)
-        ({'weight_norm': 3.0, 'angular_update': 2.0}, {'weight_norm': 4.0})
+        >>> averages.of("weight_norm"), averages.has("angular_update")
+        (array([3., 4.]), array([ True, False]))
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        totals: NDArray[np.float64],
-        counts: NDArray[np.float64],
-    ) -> None:
-        self._names = list(names)
+    def __init__(self, names: Sequence[str], totals: Doubles, counts: Doubles) -> None:
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._totals = totals
+        self._counts = counts
         with np.errstate(all="ignore"):
-            means = totals / counts
-            for row, name in enumerate(names):
+            self.means = totals / counts
+            for name, row in self._rows.items():
                 if name in QUANTITIES and QUANTITIES[name].average == "rms":
-                    means[row] = np.sqrt(np.maximum(totals[row], 0.0) / counts[row])
-        # A count of 0: no vector had a gradient, or none has a number. Then there is no key at all,
-        # because a NaN would say that the run has diverged.
-        is_there = counts != 0
-        self.are_finite: list[bool] = (np.isfinite(means) | ~is_there).all(0).tolist()
-        # Lists, by weight: a number of an array is read ten times as slowly.
-        self._are_all_there: list[bool] = is_there.all(0).tolist()
-        self._means: list[list[float]] = means.T.tolist()
-        self._is_there: list[list[bool]] = is_there.T.tolist()
-        self._totals: list[list[float]] = totals.T.tolist()
-        self._counts: list[list[float]] = counts.T.tolist()
+                    self.means[row] = np.sqrt(np.maximum(totals[row], 0.0) / counts[row])
+        self.are_there: Flags = counts != 0
 
-    def of(self, weight: int) -> dict[str, float]:
-        """By name, the averages of the weight at this position, as far as they are there."""
-        pairs = zip(self._names, self._means[weight], strict=True)
-        if self._are_all_there[weight]:
-            return dict(pairs)
-        is_there = self._is_there[weight]
-        return {name: mean for (name, mean), there in zip(pairs, is_there, strict=True) if there}
+    @property
+    def are_finite(self) -> Flags:
+        """``(w,)``, whether all averages of a weight are numbers."""
+        finite = np.isfinite(self.means) | ~self.are_there
+        return np.asarray(finite.all(0))
 
-    def total_of(self, name: str, weight: int) -> float:
-        """The sum of ``name`` over the vectors of a weight."""
-        return self._totals[weight][self._names.index(name)]
+    def has(self, name: str) -> Flags:
+        """``(w,)``, which weights have an average of a quantity; none where it was not measured."""
+        if name not in self._rows:
+            return np.zeros(self.means.shape[1], dtype=np.bool_)
+        there: Flags = self.are_there[self._rows[name]]
+        return there
+
+    def of(self, name: str, otherwise: float = nan) -> Doubles:
+        """``(w,)``, the averages of a quantity; ``otherwise`` where there is none."""
+        if name not in self._rows:
+            return np.full(self.means.shape[1], otherwise, dtype=np.float64)
+        row = self._rows[name]
+        return np.where(self.are_there[row], self.means[row], otherwise)
+
+    def totals_of(self, name: str) -> Doubles:
+        """``(w,)``, the sums of a quantity over the vectors of each weight."""
+        totals: Doubles = self._totals[self._rows[name]]
+        return totals
+
+    def counts_of(self, name: str) -> Doubles:
+        """``(w,)``, over how many vectors they are."""
+        counts: Doubles = self._counts[self._rows[name]]
+        return counts
 
     def sums_of(self, weight: int) -> dict[str, tuple[float, float]]:
-        """By name, total and count over the vectors of a weight."""
-        pairs = zip(self._totals[weight], self._counts[weight], strict=True)
-        return dict(zip(self._names, pairs, strict=True))
+        """By name, total and count over the vectors of one weight."""
+        pairs = zip(self._totals[:, weight].tolist(), self._counts[:, weight].tolist(), strict=True)
+        return dict(zip(self._rows, pairs, strict=True))

@@ -17,8 +17,8 @@ squared angles of the steps between are interpolated. Numbers of the host, in fl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, expm1, inf, isfinite, log, log1p, nan, pi, sqrt, tan
-from typing import NamedTuple
+from math import exp, inf, nan, pi, sqrt, tan
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,11 @@ from lightning_normdyn.functional import (
     coherence_error,
     loss_decay,
 )
+
+from .by_weight import Doubles, Ints
+
+Numbers = Any
+"""A float, or ``(w,)`` of many weights."""
 
 LEAST_STEPS = 50
 """Optimizer steps that a span must have before a coherence is shown."""
@@ -37,20 +42,10 @@ LEAST_ROWS = 4
 MOST_ERROR = 0.1
 """Relative standard error of the coherence from which on it is shown."""
 
-PULL_DROP = 1.5
-"""A pull that was constant and then changed by this factor aims at another norm; a schedule that
-glides never does."""
-
-SAME_PULL = 1e-3
-"""Relative difference up to which two pulls are the same constant."""
-
-MOST_POINTS = 64
-"""Rows of a window that are kept; of older ones, every second is left out. Their sums are kept
-exactly, so a window only loses places to begin at."""
-
 
 class Passed(NamedTuple):
-    """Sums over the steps between two rows, neither of the two included.
+    """Sums over the steps between two rows, neither of the two included; of one weight, or
+    ``(w,)``.
 
     Args:
         steps: how many they were.
@@ -59,31 +54,10 @@ class Passed(NamedTuple):
         lr: sum of the learning rates.
     """
 
-    steps: int
-    pull: float
-    log_kept: float
-    lr: float
-
-
-class MatrixRow(NamedTuple):
-    """What one measured step says of a weight matrix.
-
-    Args:
-        number: of the optimizer step, from 1.
-        squared_norm: of the weight before the step, and before any callback of it.
-        squared_angle: of the step, in radians squared.
-        pull: relative decay of the step; NaN where nobody can tell.
-        lr: its learning rate; NaN where nobody can tell.
-        log_scale: Σ ln c over all steps before it, of callbacks that multiply the weight by c after
-            each step; NaN where nobody can tell.
-    """
-
-    number: int
-    squared_norm: float
-    squared_angle: float
-    pull: float
-    lr: float
-    log_scale: float = 0.0
+    steps: Numbers
+    pull: Numbers
+    log_kept: Numbers
+    lr: Numbers
 
 
 class Point(NamedTuple):
@@ -117,11 +91,10 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """The steps between two points of a window, as one measurement.
+    """The steps between two points of a window, as one measurement; of one weight, or ``(w,)``.
 
     Args:
         steps: how many they are.
-        rows: points from the first to the last.
         growth: ln of the last norm over the first.
         scaled: the part of it that callbacks have made by multiplying the weight after each step.
         angles: sum of the squared angles.
@@ -130,109 +103,56 @@ class Span:
         rates: sum of the learning rates.
     """
 
-    steps: int
-    rows: int
-    growth: float
-    scaled: float
-    angles: float
-    pulls: float
-    log_kept: float
-    rates: float
+    steps: Numbers
+    growth: Numbers
+    scaled: Numbers
+    angles: Numbers
+    pulls: Numbers
+    log_kept: Numbers
+    rates: Numbers
 
     @property
-    def coherence(self) -> float:
+    def coherence(self) -> Numbers:
         """κ; NaN where a pull is not known or nothing turned."""
-        if not (self.angles > 0 and isfinite(self.log_kept)):
-            return nan
-        # All steps as one: the product of what each kept is what the span kept.
-        pull = -expm1(self.log_kept)
-        grown = exp(self.growth - self.scaled)
-        return float(coherence(1.0, grown, [pull], [self.angles]))
+        with np.errstate(all="ignore"):
+            # All steps as one: the product of what each kept is what the span kept.
+            pull = -np.expm1(self.log_kept)
+            grown = np.exp(self.growth - self.scaled)
+            first = np.ones_like(grown)
+            kappa = coherence(first, grown, np.asarray(pull)[None], np.asarray(self.angles)[None])
+        is_known = np.isfinite(self.log_kept) & (self.angles > 0)
+        return np.where(is_known, kappa, nan)[()]
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> Numbers:
         """How fast the matrix turned against what would hold its norm: the root of κΣθ²/2ΣP; NaN
         without decay, and where the norm would shrink even without."""
         squared = self.coherence * self.angles
-        if not (squared > 0 and self.pulls > 0):
-            return nan
-        return sqrt(squared / (2 * self.pulls))
+        with np.errstate(all="ignore"):
+            ratio = np.sqrt(squared / (2 * np.asarray(self.pulls)))
+        return np.where((squared > 0) & (self.pulls > 0), ratio, nan)[()]
 
-    def loss_decay(self, noise_coherence: float) -> float:
+    def loss_decay(self, noise_coherence: Numbers) -> Numbers:
         """How strongly the loss itself pulls the norm inwards, as weight decay, if pure noise would
-        have the coherence ``noise_coherence``."""
-        if not self.rates > 0:
-            return nan
+        have the coherence ``noise_coherence``; NaN where nothing was trained at any rate."""
         steps = self.steps
-        angle = sqrt(self.angles / steps)
-        drift = (self.growth - self.scaled) / steps
-        means = (self.pulls / steps, self.rates / steps, drift)
-        return float(loss_decay(*means, angle, noise_coherence))
+        with np.errstate(all="ignore"):
+            angle = np.sqrt(self.angles / steps)
+            drift = (self.growth - self.scaled) / steps
+            means = (self.pulls / steps, self.rates / steps, drift)
+            decay = loss_decay(*means, angle, noise_coherence)
+        return np.where(self.rates > 0, decay, nan)[()]
 
 
 class BalanceWindow(NamedTuple):
-    """Rows of one weight matrix since its norm was last set or its decay last changed by a jump.
-
-    It never changes; `extended` gives the next one.
+    """Rows of one weight matrix since its norm was last set or its decay last changed by a jump;
+    `lightning_normdyn.monitor.balance_windows` has those of many.
 
     Args:
         points: from old to new.
-
-    Example:
-        >>> window = BalanceWindow()
-        >>> for number in range(1, 302, 50):
-        ...     row = MatrixRow(number, 4.0, 1e-4, pull=1e-3, lr=0.1)
-        ...     window = window.extended(row, Passed(49, 49e-3, 49 * log1p(-1e-3), 4.9))
-        >>> span = window.newest_span(entries=10_000)
-        >>> span.steps, round(span.coherence, 2)  # the norm stands still: 2P/θ²
-        (150, 20.01)
     """
 
     points: tuple[Point, ...] = ()
-
-    def extended(self, row: MatrixRow, passed: Passed | None) -> BalanceWindow:
-        """With one more row; a new window where the old one ends.
-
-        Args:
-            row: the row.
-            passed: what happened between the newest row and this one; None where that is not known,
-                or the norm was set in between.
-        """
-        # A matrix of zeros has no direction, and what is not finite is no measurement.
-        if not (isfinite(row.squared_norm) and row.squared_norm > 0):
-            return NO_ROWS
-        # Of vectors that are not those of the callback, nobody can tell what it took away.
-        if not (isfinite(row.squared_angle) and isfinite(row.log_scale)):
-            return NO_ROWS
-        here = (row.number, log(row.squared_norm), row.squared_angle, row.pull, row.lr)
-        if not self.points or passed is None or self._ends_at(row.pull):
-            # A first row: all sums are 0.
-            return BalanceWindow((Point(*here, log_scale=row.log_scale),))
-        last = self.points[-1]
-        between = passed.steps
-        # The angle of the newest row counts once, those between lie on a line to the next one.
-        angles = last.squared_angle + between * (last.squared_angle + row.squared_angle) / 2
-        point = Point(
-            *here,
-            angles=last.angles + angles,
-            pulls=last.pulls + last.pull + passed.pull,
-            log_kept=last.log_kept + log_of_kept(last.pull) + passed.log_kept,
-            rates=last.rates + last.lr + passed.lr,
-            log_scale=row.log_scale,
-        )
-        return BalanceWindow(_thinned((*self.points, point)))
-
-    def _ends_at(self, pull: float) -> bool:
-        """Whether the pull was constant and has now jumped, in either direction, or is known from
-        now on."""
-        last = self.points[-1].pull
-        # A sum with an unknown pull in it stays unknown for ever.
-        if isfinite(last) != isfinite(pull):
-            return True
-        if len(self.points) < 2 or not last > 0:
-            return False
-        was_constant = abs(self.points[-2].pull - last) <= SAME_PULL * last
-        return was_constant and not last / PULL_DROP < pull < last * PULL_DROP
 
     def newest_span(self, entries: int) -> Span | None:
         """The newest steps that are enough for a coherence; None if there are not enough.
@@ -242,40 +162,20 @@ class BalanceWindow(NamedTuple):
         """
         if len(self.points) < LEAST_ROWS:
             return None
-        # All spans that end here at once, from short to long: the formulas take arrays, and a
-        # hundred weights with 64 points each are not to cost a logging step.
-        points = np.array(self.points[: 1 - LEAST_ROWS][::-1], dtype=np.float64)
-        columns = dict(zip(Point._fields, points.T, strict=True))
-        last = self.points[-1]
-        steps = last.number - columns["number"]
-        angles = last.angles - columns["angles"]
-        growth = (last.log_norm - columns["log_norm"]) / 2
-        growth -= last.log_scale - columns["log_scale"]
-        pulls = -np.expm1(last.log_kept - columns["log_kept"])
-        with np.errstate(all="ignore"):
-            kappas = coherence(np.ones_like(growth), np.exp(growth), pulls[None], angles[None])
-            errors = coherence_error(np.sqrt(angles / steps), kappas, steps, entries)
-        # A comparison with NaN is false: without a known pull no span is enough.
-        enough = np.flatnonzero((steps >= LEAST_STEPS) & (errors <= MOST_ERROR))
-        if not len(enough):
-            return None
-        return self._span(len(points) - 1 - int(enough[0]))
+        numbers = np.array([point.number for point in self.points], dtype=np.float64)
+        rows = np.array([point[1:] for point in self.points], dtype=np.float64)[:, :, None]
+        (start,) = newest_starts(numbers, rows, np.array([entries], dtype=np.float64)).tolist()
+        return None if start < 0 else self._span(start)
 
     @property
     def whole(self) -> Span | None:
         """All of its steps; None with fewer than two rows."""
         return self._span(0) if len(self.points) > 1 else None
 
-    @property
-    def newest_step(self) -> Span | None:
-        """From the last row but one to the last one, for the present drift of the norm."""
-        return self._span(-2) if len(self.points) > 1 else None
-
     def _span(self, start: int) -> Span:
         first, last = self.points[start], self.points[-1]
         return Span(
             steps=last.number - first.number,
-            rows=len(self.points[start:]),
             growth=(last.log_norm - first.log_norm) / 2,
             scaled=last.log_scale - first.log_scale,
             angles=last.angles - first.angles,
@@ -287,19 +187,52 @@ class BalanceWindow(NamedTuple):
 
 NO_ROWS = BalanceWindow()
 
+# The columns of a point, but for its number.
+(LOG_NORM, SQUARED_ANGLE, PULL, LR, ANGLES, PULLS, LOG_KEPT, RATES, LOG_SCALE) = range(9)
 
-def log_of_kept(pull: float) -> float:
+
+def newest_starts(numbers: Doubles, rows: Doubles, entries: Doubles) -> Ints:
+    """Where the newest steps begin that are enough for a coherence.
+
+    Args:
+        numbers: of the ``p`` steps of a window, from old to new, ``(p,)``.
+        rows: its points but for the number, of ``w`` weights, ``(p, 9, w)``.
+        entries: numbers in each matrix, ``(w,)``.
+
+    Returns:
+        ``(w,)``, places in the window; -1 where no steps are enough.
+    """
+    # All spans that end here at once, from short to long: the formulas take arrays, and a hundred
+    # weights with 64 points each are not to cost a logging step.
+    starts = rows[: 1 - LEAST_ROWS][::-1]
+    if not len(starts):
+        return np.full(rows.shape[2], -1, dtype=np.int64)
+    last = rows[-1]
+    steps = numbers[-1] - numbers[: 1 - LEAST_ROWS][::-1, None]
+    angles = last[ANGLES] - starts[:, ANGLES]
+    growth = (last[LOG_NORM] - starts[:, LOG_NORM]) / 2
+    growth -= last[LOG_SCALE] - starts[:, LOG_SCALE]
+    pulls = -np.expm1(last[LOG_KEPT] - starts[:, LOG_KEPT])
+    with np.errstate(all="ignore"):
+        kappas = coherence(np.ones_like(growth), np.exp(growth), pulls[None], angles[None])
+        errors = coherence_error(np.sqrt(angles / steps), kappas, steps, entries)
+    # A comparison with NaN is false: without a known pull no span is enough.
+    is_enough = (steps >= LEAST_STEPS) & (errors <= MOST_ERROR)
+    shortest = len(starts) - 1 - is_enough.argmax(0)
+    return np.where(is_enough.any(0), shortest, -1)
+
+
+def log_of_kept(pull: Numbers) -> Numbers:
     """ln(1-P), what a decay leaves of a norm; NaN for one that leaves nothing."""
-    return log1p(-pull) if pull < 1 else nan
+    with np.errstate(all="ignore"):
+        return np.where(pull < 1, np.log1p(-pull), nan)[()]
 
 
-def _thinned(points: tuple[Point, ...]) -> tuple[Point, ...]:
-    """At most `MOST_POINTS` of them: the first, and the more the newer they are."""
-    if len(points) <= MOST_POINTS:
-        return points
-    half = MOST_POINTS // 2
-    # Every second of the older half each time, so that old ones lie ever further apart.
-    return (*points[:-half:2], *points[-half:])
-
-
-__all__ = ["BalanceWindow", "MatrixRow", "Passed", "Point", "Span", "log_of_kept"]
+__all__ = [
+    "BalanceWindow",
+    "Passed",
+    "Point",
+    "Span",
+    "log_of_kept",
+    "newest_starts",
+]

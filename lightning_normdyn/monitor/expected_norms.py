@@ -8,27 +8,14 @@ mathematics, and takes all weights of a param group at once. Numbers of the host
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, nan, pi, tan
-from statistics import fmean
+from math import inf, nan, pi
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lightning_normdyn.engine.effect import Effects
-from lightning_normdyn.engine.value_checks import (
-    Check,
-    flag,
-    many,
-    number,
-    record,
-    require,
-    table,
-    text,
-    whole,
-)
 from lightning_normdyn.optimizers.decay import AnOptimizer
 from lightning_normdyn.optimizers.rate_drop import Rate
 from lightning_normdyn.optimizers.recognition import class_for_predictions
@@ -36,90 +23,71 @@ from lightning_normdyn.optimizers.step_response import Options, own_response
 from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.course import NormCourse, norm_course
 
-from .course_states import joined, shared_numbers, split
-from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, averages, with_one_more
+from .by_weight import Doubles, Flags, Ints
+from .expectations import ExpectationTable, Lot
+from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, Sizes, averages
 from .passed_steps import Stretch
 from .pulls import options_of
-
-Doubles = NDArray[np.float64]
 
 FILLS_BUFFERS = 100
 """Steps after which it hardly matters what the buffers held at the start of a course: its
 angles are up to a tenth off while a second moment remembers a longer weight."""
 
 
-class WeightStep(NamedTuple):
-    """One measured step of one weight.
+class Kind(NamedTuple):
+    """Weights of one param group that callbacks treat alike.
 
     Args:
-        name: of the weight.
-        group: place of its param group.
-        effects: what callbacks do to it.
-        dim: entries of a vector.
-        shape: rows and columns, of a matrix.
-        norm: root of the vectors' mean square norm, before the step.
-        angle: root of their mean square angle.
-        lr: the rate of the step; NaN where nobody can tell.
-        gradient_scale: mean of ‖g‖²‖w‖² over its vectors; 0 without a gradient.
-        is_warm: whether the optimizer had stepped this weight before its course began.
+        group: place of the param group.
+        effects: what callbacks do to them.
+        shape: rows and columns, of matrices.
+        weights: their places among those of the optimizer, in order.
     """
 
-    name: str
     group: int
     effects: Effects
-    dim: int
     shape: tuple[int, int] | None
-    norm: float
-    angle: float
-    lr: float
-    gradient_scale: float
-    is_warm: bool = False
+    weights: Ints
 
 
-class Expectation(NamedTuple):
-    """Where the course of one weight stands after the newest row's step. It never changes.
+class WeightSteps(NamedTuple):
+    """One measured step of the weights of an optimizer, ``(w,)`` each but for the kinds.
 
     Args:
-        number: of that step.
-        course: state of the course, of one vector.
-        rate: the learning rate of that step, and how it has changed.
-        start: norm at the first step, to which WeightRescaling may set the weight back.
-        effects: what callbacks did to the weight in that step, as text.
-        silent_until: number of the step from which on it is compared. A course that starts in the
-            middle of a run does not know the optimizer's buffers.
-        scales: gradient scales of the newest rows.
-        energies: tan²θ ‖w‖²/lr² of the newest rows.
+        kinds: of the weights; each is of one kind.
+        dims: entries of a vector.
+        norms: root of the vectors' mean square norm, before the step.
+        angles: root of their mean square angle.
+        rates: of the step; NaN where nobody can tell.
+        gradient_scales: mean of ‖g‖²‖w‖² over its vectors; 0 without a gradient.
+        are_warm: whether the optimizer had stepped this weight before its course began.
+        followed: whether the weight is to be followed.
     """
 
-    number: int
-    course: Mapping[str, Any]
-    rate: Rate
-    start: float
-    effects: str
-    silent_until: int = 0
-    scales: tuple[float, ...] = ()
-    energies: tuple[float, ...] = ()
-
-    @property
-    def shared(self) -> tuple[Any, ...]:
-        """What weights must have in common to be followed together."""
-        return (self.number, self.rate, *shared_numbers(self.course))
+    kinds: Sequence[Kind]
+    dims: Doubles
+    norms: Doubles
+    angles: Doubles
+    rates: Doubles
+    gradient_scales: Doubles
+    are_warm: Flags
+    followed: Flags
 
 
 class Expected(NamedTuple):
-    """What a row is compared with.
+    """What a row is compared with, ``(w,)`` each but for the order.
 
     Args:
-        expectation: for the next row.
-        angle: RMS, of the row's step; None while the course is silent.
-        norm: before that step, root of the mean square; None while the course is silent.
-        rough: whether both are some percent off.
+        shown: of which weights anything is expected; not while a course is silent.
+        angles: RMS, of the row's step.
+        norms: before that step, root of the mean square.
+        order: places of the weights that are followed, those of a lot together.
     """
 
-    expectation: Expectation
-    angle: float | None
-    norm: float | None
-    rough: bool
+    shown: Flags
+    angles: Doubles
+    norms: Doubles
+    order: Ints
 
 
 @dataclass(frozen=True)
@@ -142,132 +110,181 @@ class Interval:
 
 
 def follow(
-    interval: Interval, steps: Sequence[WeightStep], known: Mapping[str, Expectation]
-) -> dict[str, Expected]:
-    """What is expected at a measured step, by weight; a weight whose course is not understood has
-    no entry.
+    interval: Interval, steps: WeightSteps, known: ExpectationTable
+) -> tuple[ExpectationTable, Expected]:
+    """What is expected at a measured step; of a weight whose course is not understood, nothing is.
 
     Args:
         interval: the steps since the newest row.
-        steps: the measured one, of each weight that took it.
+        steps: the measured one.
         known: what was expected so far. The course of a weight that is not among them starts here.
+
+    Returns:
+        What is expected for the next row, and what this one is compared with.
     """
-    lots: dict[Any, list[tuple[WeightStep, Expectation | None]]] = {}
-    for step in steps:
-        # A weight that has no length yet begins when it has one.
-        if not (step.norm > 0 and isfinite(step.norm)):
+    width = len(known.names)
+    shown = np.zeros(width, dtype=np.bool_)
+    angles = np.full(width, nan, dtype=np.float64)
+    norms = np.full(width, nan, dtype=np.float64)
+    # Of weights that are not followed, what was there stays.
+    starts, silent_until = known.starts.copy(), known.silent_until.copy()
+    scales, energies = known.scales.copy(), known.energies.copy()
+    newest = _energies(steps)
+    lots: list[Lot] = []
+    for kind, before in _together(interval, steps, known):
+        walk = _Walk(interval, steps, known, kind, before)
+        if not walk.is_understood:
             continue
-        before = _going_on(known.get(step.name), step, interval)
-        shared = None if before is None else before.shared
-        # Only measured rates may differ within a group, and then by more than rounding.
-        rate = None if interval.reads_rates else f"{step.lr:.6g}"
-        key = (step.group, step.effects, step.shape, shared, rate)
-        lots.setdefault(key, []).append((step, before))
-    expected: dict[str, Expected] = {}
-    for together in lots.values():
-        # All of a lot go on, or none does.
-        goes_on = [before for _, before in together if before is not None]
-        expected.update(_Lot(interval, [step for step, _ in together], goes_on).expected())
-    return expected
+        weights = kind.weights
+        lots.append(walk.lot())
+        angles[weights] = walk.angles
+        norms[weights] = walk.norms
+        starts[weights] = walk.starts
+        silent_until[weights] = walk.silent_until
+        scales.put(weights, walk.scales)
+        energies.put(weights, walk.energies.with_one_more(newest[weights]))
+        is_silent = walk.is_silent
+        shown[weights] = np.isfinite(walk.angles) & (walk.angles > 0) & ~is_silent
+    order = np.concatenate([np.zeros(0, dtype=np.int64), *(lot.weights for lot in lots)])
+    others = [left for lot in known.lots if len((left := lot.without(order)).weights)]
+    table = ExpectationTable(known.names, (*others, *lots), starts, silent_until, scales, energies)
+    return table, Expected(shown, angles, norms, order)
 
 
-def _going_on(
-    before: Expectation | None, step: WeightStep, interval: Interval
-) -> Expectation | None:
-    """An expectation, if all steps since are known, and where the norm stood before them."""
-    if before is None or before.number >= interval.number or not interval.stretches:
-        return None
+def _together(
+    interval: Interval, steps: WeightSteps, known: ExpectationTable
+) -> list[tuple[Kind, Lot | None]]:
+    """Weights that can be followed together, with the lot that they go on from; None of a start."""
+    lot_of = np.full(len(known.names), -1, dtype=np.int64)
+    for i, lot in enumerate(known.lots):
+        if _is_known_since(lot, interval):
+            has_norm = np.isfinite(lot.course["ww"])
+            lot_of[lot.weights[has_norm]] = i
+    # A weight that has no length yet begins when it has one.
+    followed = steps.followed & (steps.norms > 0) & np.isfinite(steps.norms)
+    together: list[tuple[Kind, Lot | None]] = []
+    for kind in steps.kinds:
+        weights = kind.weights[followed[kind.weights]]
+        for part in _alike(interval, steps, weights, lot_of):
+            i = int(lot_of[part[0]])
+            before = None
+            # An epoch has begun or ended in which a callback acts, and in which step nobody knows
+            # here.
+            if i >= 0 and known.lots[i].effects == kind.effects.text:
+                lot = known.lots[i]
+                before = lot.at(np.searchsorted(lot.weights, part))
+            together.append((kind._replace(weights=part), before))
+    together.sort(key=lambda entry: int(entry[0].weights[0]))
+    return together
+
+
+def _is_known_since(lot: Lot, interval: Interval) -> bool:
+    """Whether all steps since a lot's row are known."""
+    if lot.number >= interval.number or not interval.stretches:
+        return False
     # A weight that had no gradient at the newest row was left alone nobody knows how often.
-    if interval.stretches[0].first != before.number + 1:
-        return None
-    # An epoch has begun or ended in which a callback acts, and in which step nobody knows here.
-    if before.effects != step.effects.text:
-        return None
-    return before if isfinite(before.course["ww"][0]) else None
+    return interval.stretches[0].first == lot.number + 1
 
 
-class _Lot:
-    """Weights of one param group that can be followed together.
+def _alike(interval: Interval, steps: WeightSteps, weights: Ints, lot_of: Ints) -> Iterator[Ints]:
+    """Weights of a kind, apart by the lots that they go on from and by measured rates."""
+    for i in np.unique(lot_of[weights]).tolist():
+        part = weights[lot_of[weights] == i]
+        if interval.reads_rates:
+            yield part
+            continue
+        # Only measured rates may differ within a group, and then by more than rounding.
+        rates = np.array([f"{rate:.6g}" for rate in steps.rates[part].tolist()])
+        for rate in dict.fromkeys(rates.tolist()):
+            yield part[rates == rate]
+
+
+def _energies(steps: WeightSteps) -> Doubles:
+    """``(w,)``, tan²θ ‖w‖²/lr² of the measured step; NaN where it says nothing of the next one."""
+    with np.errstate(all="ignore"):
+        size = np.tan(steps.angles) * steps.norms / steps.rates
+    # A step by a quarter turn or more is an accident.
+    is_usual = (steps.rates > 0) & (steps.angles < pi / 2)
+    return np.where(is_usual, size * size, nan)
+
+
+class _Walk:
+    """The steps since the newest row, of weights that can be followed together, ``(m,)``.
 
     Args:
         interval: the steps since the newest row.
-        steps: the measured one, of each weight.
-        before: what was expected of each after the newest row; empty for a start.
+        steps: the measured one, of all weights.
+        known: what was expected after the newest row, of all weights.
+        kind: the weights.
+        before: the lot that they go on from; None for a start.
+
+    Attributes:
+        is_understood: whether somebody has derived their course; the others mean nothing if not.
+        angles: of the measured step.
+        norms: that this step found.
+        starts: norms at the first step.
+        silent_until: number of the step from which on they are compared.
+        scales: sizes of the gradients of the newest rows, the present one among them.
+        energies: sizes of the steps of the rows before.
     """
 
     def __init__(
-        self, interval: Interval, steps: Sequence[WeightStep], before: Sequence[Expectation]
+        self,
+        interval: Interval,
+        steps: WeightSteps,
+        known: ExpectationTable,
+        kind: Kind,
+        before: Lot | None,
     ) -> None:
+        weights = kind.weights
         self._interval = interval
-        self._steps = steps
+        self._kind = kind
         self._before = before
-        self._first = steps[0]
-        self._kind = class_for_predictions(interval.optimizer)
-        self._group = {**interval.groups[self._first.group], "lr": self._first.lr}
-        self._dims = np.array([step.dim for step in steps], dtype=np.float64)
-        self._response = own_response(self._kind, self._group, Subject(self._first.shape))
+        self._class = class_for_predictions(interval.optimizer)
+        self._lr = float(steps.rates[weights[0]])
+        self._group = {**interval.groups[kind.group], "lr": self._lr}
+        self._dims = steps.dims[weights]
+        self._response = own_response(self._class, self._group, Subject(kind.shape))
+        self._are_warm = steps.are_warm[weights]
+        earlier, self.energies = known.scales.at(weights), known.energies.at(weights)
+        self._rate = Rate(self._lr)
+        self.starts = steps.norms[weights]
+        # A course that starts in the middle of a run does not know the optimizer's buffers.
+        self.silent_until = np.where(self._are_warm, interval.number + FILLS_BUFFERS, 0)
+        if before is None:
+            earlier, self.energies = earlier.none(), self.energies.none()
+        else:
+            self._rate = before.rate
+            self.starts, self.silent_until = known.starts[weights], known.silent_until[weights]
+        self.scales = earlier.with_one_more(steps.gradient_scales[weights])
+        self._scales_at_ends = self._averaged(earlier)
         self._energy = self._measured_energy()
-        self._norms = np.array([step.norm for step in steps], dtype=np.float64)
-        self._starts = np.array([b.start for b in before] or self._norms, dtype=np.float64)
-        self._rate = before[0].rate if before else Rate(self._first.lr)
+        norms = steps.norms[weights]
+        course = norm_course(self._class, self._group, norms, self._dims, shape=kind.shape)
+        found = None
+        if course is not None:
+            if before is not None:
+                course.load_state_dict(before.course)
+            found = self._walk(course)
+        self.is_understood = found is not None
+        if course is None or found is None:
+            return
+        self.norms = found
+        self.angles = course.angular_update
+        self._course = course.arrays()
 
-    def expected(self) -> dict[str, Expected]:
-        """By weight; empty where the course is not understood."""
-        first = self._first
-        course = norm_course(self._kind, self._group, self._norms, self._dims, shape=first.shape)
-        if course is None:
-            return {}
-        if self._before:
-            course.load_state_dict(joined([before.course for before in self._before]))
-        found_norm = self._walk(course)
-        if found_norm is None:
-            return {}
-        angles = course.angular_update
-        states = split(course.state_dict(), len(self._steps))
-        expected = {}
-        for i, step in enumerate(self._steps):
-            expectation = self._expectation(i, states[i])
-            is_known = isfinite(angles[i]) and angles[i] > 0
-            is_silent = step.is_warm and not self._before
-            is_silent = is_silent or expectation.number < expectation.silent_until
-            shown = is_known and not is_silent
-            expected[step.name] = Expected(
-                expectation,
-                float(angles[i]) if shown else None,
-                float(found_norm[i]) if shown else None,
-                course.rough,
-            )
-        return expected
-
-    def _expectation(self, i: int, state: Mapping[str, Any]) -> Expectation:
-        step = self._steps[i]
+    def lot(self) -> Lot:
+        """What the next row goes on from."""
+        kind = self._kind
         number = self._interval.number
-        silent_until = 0
-        scales: tuple[float, ...] = ()
-        energies: tuple[float, ...] = ()
-        if self._before:
-            before = self._before[i]
-            silent_until, scales, energies = before.silent_until, before.scales, before.energies
-        elif step.is_warm:
-            silent_until = number + FILLS_BUFFERS
-        scales = with_one_more(scales, step.gradient_scale)
-        # A step by a quarter turn or more is an accident, which says nothing of the next one.
-        is_usual = step.lr > 0 and step.angle < pi / 2
-        size = tan(step.angle) * step.norm / step.lr if is_usual else nan
-        # As a product: the power of a float that is too large raises.
-        energy = size * size
-        if energy > 0 and isfinite(energy):
-            energies = (*energies, energy)[-FEWEST_ROWS:]
-        return Expectation(
-            number,
-            state,
-            self._rate,
-            float(self._starts[i]),
-            step.effects.text,
-            silent_until,
-            scales,
-            energies,
-        )
+        return Lot(kind.weights, number, self._course, self._rate, kind.effects.text)
+
+    @property
+    def is_silent(self) -> Flags:
+        """Which weights are not compared at the measured step."""
+        if self._before is None:
+            return self._are_warm
+        return self._interval.number < self.silent_until
 
     # -- step by step
 
@@ -277,19 +294,20 @@ class _Lot:
         norms = course.weight_norm
         for stretch in self._stretches():
             # The group was not there yet.
-            if self._first.group >= len(stretch.settings):
+            if self._kind.group >= len(stretch.settings):
                 return None
-            group = {**self._group, **stretch.settings[self._first.group]}
-            treatment = options_of(self._first.effects, self._interval.optimizer, group)
+            group = {**self._group, **stretch.settings[self._kind.group]}
+            treatment = options_of(self._kind.effects, self._interval.optimizer, group)
             if treatment is None:
                 return None
             for at in range(stretch.first, stretch.last + 1):
-                norms = course.weight_norm
+                if at == self._interval.number:
+                    norms = course.weight_norm
                 self._step(course, at, group, *treatment)
         return norms
 
     def _stretches(self) -> Sequence[Stretch]:
-        if self._before:
+        if self._before is not None:
             return self._interval.stretches
         # A course that starts takes the measured step alone.
         number = self._interval.number
@@ -303,9 +321,9 @@ class _Lot:
         options: Options,
         alpha: float,
     ) -> None:
-        effects = self._first.effects
+        effects = self._kind.effects
         share = self._share(number)
-        lr = self._lr(group, share)
+        lr = self._lr_at(group, share)
         jumps = effects.jumps
         drop, self._rate = self._rate.then(lr, inf if jumps is None else jumps.min_drop)
         # LRDropRescaling acts before the first step at the lower rate.
@@ -320,40 +338,47 @@ class _Lot:
         rescaling = effects.rescaled_now
         if rescaling is not None and number % rescaling.every_n_steps == 0:
             target = rescaling.target_norm
-            length = self._starts if target == "initial" else target
+            length = self.starts if target == "initial" else target
             course.rescale(length / course.weight_norm, buffers=rescaling.rescales_state)
 
     def _share(self, number: int) -> float:
         """How far from the newest row to the measured step."""
-        if not self._before:
+        if self._before is None:
             return 1.0
-        start = self._before[0].number
+        start = self._before.number
         return (number - start) / (self._interval.number - start)
 
-    def _lr(self, group: Mapping[str, Any], share: float) -> float:
+    def _lr_at(self, group: Mapping[str, Any], share: float) -> float:
         written = group.get("lr")
         if self._interval.reads_rates and isinstance(written, float):
             return written
         # Only rows tell it: between two of them it is taken to change evenly.
-        before = self._before[0].rate.lr if self._before else self._first.lr
-        return before + share * (self._first.lr - before)
+        before = self._lr if self._before is None else self._before.rate.lr
+        return before + share * (self._lr - before)
 
-    def _scale(self, share: float) -> Doubles | None:
-        """Size of the gradients, averaged over the newest rows, and even between two of them."""
+    def _averaged(self, earlier: Sizes) -> tuple[Doubles, Doubles] | None:
+        """Size of the gradients, averaged over the newest rows, at the newest row and now; None
+        where one of the weights never had a gradient."""
         most = FEWEST_ROWS
         if self._response is not None and self._response.normalized:
             most = MOST_ROWS
-        now = []
-        then = []
-        for i, step in enumerate(self._steps):
-            known = self._before[i].scales if self._before else ()
-            newest = with_one_more(known, step.gradient_scale)
-            if not newest:
-                return None
-            now.append(newest)
-            then.append(known or newest)
-        start = averages(then, most)
-        return start + share * (averages(now, most) - start)
+        now = self.scales
+        if not (now.counts > 0).all():
+            return None
+        means = averages(now, most)
+        has_earlier = earlier.counts > 0
+        then = means.copy()
+        if has_earlier.any():
+            (weights,) = np.nonzero(has_earlier)
+            then[weights] = averages(earlier.at(weights), most)
+        return then, means
+
+    def _scale(self, share: float) -> Doubles | None:
+        """Size of the gradients, even between the two rows."""
+        if self._scales_at_ends is None:
+            return None
+        then, now = self._scales_at_ends
+        return then + share * (now - then)
 
     def _measured_energy(self) -> Doubles | None:
         """Size of the steps, where noise alone does not tell it well; None for the first rows."""
@@ -362,98 +387,13 @@ class _Lot:
             return None
         # Of earlier rows alone: with the present one, the expectation would follow what it is
         # compared with.
-        if not self._before or not all(before.energies for before in self._before):
-            return None
-        return np.array([fmean(b.energies) for b in self._before], dtype=np.float64)
-
-
-# -- in checkpoints
-
-
-def state_of(expectations: Mapping[str, Expectation]) -> dict[str, Any]:
-    """Expectations by weight as plain numbers and lists."""
-    state = {}
-    for name, known in expectations.items():
-        state[name] = {
-            "number": known.number,
-            "course": dict(known.course),
-            "rate": [known.rate.lr, known.rate.fall],
-            "start": known.start,
-            "effects": known.effects,
-            "silent_until": known.silent_until,
-            "scales": list(known.scales),
-            "energies": list(known.energies),
-        }
-    return state
-
-
-def expectations_from(state: Mapping[str, Any]) -> dict[str, Expectation]:
-    """What `state_of` gave."""
-    expectations = {}
-    for name, known in state.items():
-        lr, fall = known["rate"]
-        expectations[str(name)] = Expectation(
-            int(known["number"]),
-            dict(known["course"]),
-            Rate(float(lr), float(fall)),
-            float(known["start"]),
-            str(known["effects"]),
-            int(known["silent_until"]),
-            tuple(map(float, known["scales"])),
-            tuple(map(float, known["energies"])),
-        )
-    return expectations
-
-
-def _several(count: int) -> Check:
-    """A list of so many numbers; NaN stands for what nobody knows."""
-    each = many(number(finite=False))
-
-    def check(value: Any, where: str) -> None:
-        each(value, where)
-        require(len(value) == count, f"{where} has {len(value)} numbers, where {count} belong")
-
-    return check
-
-
-_COURSE = record(
-    {
-        # Of one weight, so of one vector.
-        **dict.fromkeys(("ww", "wm", "mm", "moment", "angle", "scale"), _several(1)),
-        "steps": whole(),
-        "carried": number(finite=False),
-        "largest_rate": number(finite=False),
-        "moment_is_new": flag,
-        "in_real_units": flag,
-        "rough": flag,
-    },
-    closed=True,
-)
-STATE: Check = table(
-    text(),
-    record(
-        {
-            "number": whole(),
-            "course": _COURSE,
-            "rate": _several(2),
-            "start": number(0.0),
-            "effects": text(),
-            "silent_until": whole(),
-            "scales": many(number(0.0)),
-            "energies": many(number(0.0)),
-        },
-        closed=True,
-    ),
-)
-"""What `state_of` may look like in a checkpoint."""
+        return self.energies.means() if (self.energies.counts > 0).all() else None
 
 
 __all__ = [
-    "Expectation",
     "Expected",
     "Interval",
-    "WeightStep",
-    "expectations_from",
+    "Kind",
+    "WeightSteps",
     "follow",
-    "state_of",
 ]

@@ -30,7 +30,7 @@ from lightning_normdyn.theory.forecast_words import MOST_GROUPS, GroupLine, as_t
 from lightning_normdyn.theory.schedule import Schedule
 
 from .balance import Point, Span
-from .expected_norms import Expectation
+from .expectations import Expectation
 from .group_sizes import group_names
 from .horizon import MOST_STEPS, Horizon, horizon_of, schedules_of
 from .measure import StepGauge

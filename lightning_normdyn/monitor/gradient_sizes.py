@@ -5,12 +5,12 @@ not taken for the course of a norm. Numbers of the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import inf, nan
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
+from .by_weight import Doubles, Ints
 
 FEWEST_ROWS = 5
 """Rows over which a measured size of the gradients or of the steps is averaged: of single ones the
@@ -26,64 +26,120 @@ MOST_ERROR = 0.1
 in bursts, and then a few rows say little."""
 
 
-def with_one_more(sizes: tuple[float, ...], size: float) -> tuple[float, ...]:
-    """The newest sizes and one more; 0 (no gradient at all) and what is not finite are none.
+class Sizes(NamedTuple):
+    """The newest sizes of many weights.
 
-    Example:
-        >>> with_one_more((1.0, 2.0), 3.0), with_one_more((1.0, 2.0), 0.0)
-        ((1.0, 2.0, 3.0), (1.0, 2.0))
+    Args:
+        table: ``(k, w)``, from old to new; the newest stand last.
+        counts: ``(w,)``, how many of the ``k`` there are.
     """
-    if not (size > 0 and isfinite(size)):
-        return sizes
-    return (*sizes, size)[-MOST_ROWS:]
+
+    table: Doubles
+    counts: Ints
+
+    @classmethod
+    def from_values(cls, values: Sequence[Sequence[float]], most: int) -> Sizes:
+        """Of each weight at most so many, as `of` gave them."""
+        table = np.full((most, len(values)), nan, dtype=np.float64)
+        counts = np.zeros(len(values), dtype=np.int64)
+        for place, of_weight in enumerate(values):
+            newest = of_weight[-most:]
+            counts[place] = len(newest)
+            table[most - len(newest) :, place] = newest
+        return cls(table, counts)
+
+    def of(self, place: int) -> tuple[float, ...]:
+        """Those of one weight."""
+        start = len(self.table) - int(self.counts[place])
+        return tuple(self.table[start:, place].tolist())
+
+    def at(self, weights: Ints) -> Sizes:
+        """Those of some weights."""
+        return Sizes(self.table[:, weights], self.counts[weights])
+
+    def copy(self) -> Sizes:
+        """The same, to be written to."""
+        return Sizes(self.table.copy(), self.counts.copy())
+
+    def none(self) -> Sizes:
+        """Of as many weights, none yet."""
+        return Sizes(np.full_like(self.table, nan), np.zeros_like(self.counts))
+
+    def put(self, weights: Ints, sizes: Sizes) -> None:
+        """Write those of some weights; only before anybody else has seen these."""
+        self.table[:, weights] = sizes.table
+        self.counts[weights] = sizes.counts
+
+    def with_one_more(self, sizes: Doubles) -> Sizes:
+        """With one more of each, ``(w,)``; 0 (no gradient at all) and what is not finite are none.
+
+        Example:
+            >>> known = Sizes.from_values([(1.0, 2.0), (1.0, 2.0)], most=3)
+            >>> more = known.with_one_more(np.array([3.0, 0.0]))
+            >>> more.of(0), more.of(1)
+            ((1.0, 2.0, 3.0), (1.0, 2.0))
+        """
+        are_sizes = (sizes > 0) & np.isfinite(sizes)
+        table = np.concatenate([self.table[1:], sizes[None]])
+        counts = np.minimum(self.counts + are_sizes, len(table))
+        # Mostly all are, and 20 numbers of each weight need not be chosen.
+        if not are_sizes.all():
+            table = np.where(are_sizes, table, self.table)
+        return Sizes(table, counts)
+
+    def means(self) -> Doubles:
+        """``(w,)``, of all that are kept of each; NaN of none."""
+        found = np.full(len(self.counts), nan, dtype=np.float64)
+        for count in np.unique(self.counts[self.counts > 0]).tolist():
+            weights = self.counts == count
+            found[weights] = self.table[-count:, weights].mean(0)
+        return found
 
 
-def averages(sizes: Sequence[Sequence[float]], most: int) -> Doubles:
+def averages(sizes: Sizes, most: int) -> Doubles:
     """The means of as many of the newest sizes as make them sure.
 
     Args:
-        sizes: of each weight, from old to new, at least one.
+        sizes: of each weight at least one.
         most: the number that it is never more than; at least `FEWEST_ROWS`.
 
     Returns:
         ``(weights,)``.
 
     Example:
-        >>> averages([[7.0, 1.0, 1.01, 0.99, 1.0, 1.0]], most=5).tolist()
-        [1.0]
-        >>> averages([[16.0, 1.0, 1.0, 1.0, 1.0, 1.0], [2.0]], most=20).tolist()
+        >>> of_weights = [(7.0, 1.0, 1.01, 0.99, 1.0, 1.0), (9.0, 8.0, 7.0, 6.0, 5.0, 4.0)]
+        >>> averages(Sizes.from_values(of_weights, 20), most=5).tolist()  # one falls evenly
+        [1.0, 6.0]
+        >>> averages(Sizes.from_values([(16.0, 1.0, 1.0, 1.0, 1.0, 1.0), (2.0,)], 20), 20).tolist()
         [3.5, 2.0]
-        >>> averages([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0]], most=20).tolist()  # falls, does not scatter
-        [6.0]
     """
-    found = np.empty(len(sizes), dtype=np.float64)
+    found = np.empty(len(sizes.counts), dtype=np.float64)
     # Of all weights at once that have as many rows: nearly always that is all of them.
-    for length in set(map(len, sizes)):
-        places = [i for i, of_weight in enumerate(sizes) if len(of_weight) == length]
-        table = np.array([sizes[i] for i in places], dtype=np.float64)
-        found[places] = _averages_of(table, most)
+    for length in np.unique(sizes.counts).tolist():
+        weights = sizes.counts == length
+        found[weights] = _averages_of(sizes.table[-length:, weights], most)
     return found
 
 
 def _averages_of(table: Doubles, most: int) -> Doubles:
-    """From ``(weights, rows)`` sizes the average of each weight."""
-    if table.shape[1] < 2:
-        newest: Doubles = table[:, -1]
+    """From ``(rows, weights)`` sizes the average of each weight."""
+    if len(table) < 2:
+        newest: Doubles = table[-1]
         return newest
     # A size that is too far from the others makes infinities, and then the longest average.
     with np.errstate(all="ignore"):
         # In units of the newest: squares of the sizes themselves may be no numbers any more.
-        shares = table / table[:, -1:]
+        shares = table / table[-1]
         # Of all that is known, since between two bursts the newest rows alone look steady; and
         # between neighbours, since a size that falls evenly does not scatter.
-        squares = np.square(np.diff(shares))
-        variance = squares.mean(1) / 2 / np.square(shares.mean(1))
+        squares = np.square(shares[1:] - shares[:-1])
+        variance = squares.mean(0) / 2 / np.square(shares.mean(0))
         rows = np.clip(np.nan_to_num(variance / MOST_ERROR**2, nan=inf), FEWEST_ROWS, most)
-    counts = np.minimum(np.rint(rows).astype(np.int64), table.shape[1])
-    means = np.empty(len(table), dtype=np.float64)
+    counts = np.minimum(np.rint(rows).astype(np.int64), len(table))
+    means = np.empty(table.shape[1], dtype=np.float64)
     for count in np.unique(counts).tolist():
-        means[counts == count] = table[counts == count, -count:].mean(1)
+        means[counts == count] = table[-count:, counts == count].mean(0)
     return means
 
 
-__all__ = ["FEWEST_ROWS", "MOST_ROWS", "averages", "with_one_more"]
+__all__ = ["FEWEST_ROWS", "MOST_ROWS", "Sizes", "averages"]

@@ -103,29 +103,12 @@ class History:
                 f"{newest.step}; rows come in order. "
                 f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
             )
-        cells, present = self._cells(values)
+        cells, present = self._contents.cells(values)
         # Consecutive rows mostly have the same columns: these share one array of flags.
         if newest and np.array_equal(newest.content.present, present):
             present = newest.content.present
         row = Row(int(optimizer_step), cells, present)
         rows.append(int(step), _kind_of_row(present), row)
-
-    def _cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
-        """The cells of a row, and which of them are recorded; columns are made as needed."""
-        # First of all: a value that is refused must not leave a column behind.
-        numbers = list(map(_as_float, values.values()))
-        columns = self._contents.columns
-        for key in values:
-            columns.setdefault(key, len(columns))
-
-        recorded = [columns[key] for key in values]
-        cells = np.full(len(columns), np.nan, dtype=np.float32)
-        present = np.zeros(len(columns), dtype=np.bool_)
-        # What exceeds float32 becomes inf, without a warning: a run that diverged shows it so.
-        with np.errstate(over="ignore"):
-            cells[recorded] = numbers
-        present[recorded] = True
-        return cells, present
 
     def amend(self, values: Mapping[str, float]) -> None:
         """Add keys to the newest row, if it does not have them yet.
@@ -146,7 +129,7 @@ class History:
             # No row has a cell behind all columns.
             if not row.has(columns.get(key, len(columns))):
                 missing[key] = value
-        cells, present = self._cells(missing)
+        cells, present = self._contents.cells(missing)
 
         # The row may be shorter than the new cells: columns may have come since.
         width = len(row.cells)
@@ -465,21 +448,6 @@ def _check_steps(*steps: int) -> None:
     for step in steps:
         if not -MOST < step < MOST:
             raise NormDynError(f"a step of {shown(step)} was asked for; no run counts beyond 2^53.")
-
-
-def _as_float(value: float) -> float:
-    """A number as a float.
-
-    Raises:
-        NormDynError: for an integer that no float can hold, which was never measured: what diverges
-            is infinite.
-    """
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise NormDynError(
-            f"a value of {shown(value)} was to be kept, and no float can hold it."
-        ) from error
 
 
 def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:

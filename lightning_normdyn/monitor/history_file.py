@@ -21,7 +21,18 @@ from lightning_normdyn.engine.value_checks import MOST, many, require, table, te
 from lightning_normdyn.errors import NormDynError, shown
 from lightning_normdyn.storage import is_remote, local, read
 
-from .records import Bundle, Contents, Event, Floats, Ints, Record, Row, ThinnedList, bundled
+from .records import (
+    Bundle,
+    Columns,
+    Contents,
+    Event,
+    Floats,
+    Ints,
+    Record,
+    Row,
+    ThinnedList,
+    bundled,
+)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -151,7 +162,7 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     contents = Contents(max_rows=4, max_vector_bytes=1)
     contents.meta = header["meta"]
     many(_check_text)(header["keys"], "`keys`")
-    contents.columns = {key: i for i, key in enumerate(header["keys"])}
+    contents.columns = Columns(header["keys"])
     contents.vector_sizes = dict(header["vectors"])
     table(_check_text, whole())(contents.vector_sizes, "`vectors`")
     # A name that stands twice would move all arrays behind it to other names.

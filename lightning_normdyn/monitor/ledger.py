@@ -29,16 +29,17 @@ from lightning_normdyn.engine.value_checks import (
 )
 from lightning_normdyn.errors import NormDynError
 
-from . import expected_norms, measured_balance
-from .expected_norms import Expectation
+from . import expectations, measured_balance
+from .expectations import Expectation
 from .history import History
 from .measured_balance import Balance
+from .norm_table import Norms
 from .predictions import Prediction
 from .verdicts import Course
 
 _PROMISED = table(text(), number(finite=False))
 # What is damaged here would be found much later, in the middle of a fit.
-_OF_WEIGHTS = {"expectations": expected_norms.STATE, "balances": measured_balance.STATE}
+_OF_WEIGHTS = {"expectations": expectations.STATE, "balances": measured_balance.STATE}
 # A row of the end of a fit, and a whole ledger, as they lie in a checkpoint. Histories, predictions
 # and norms are checked by making them.
 _ENDING = record(
@@ -64,28 +65,6 @@ _check = record(
     },
     {"ending": _ENDING},
 )
-
-
-@dataclass(frozen=True)
-class Norms:
-    """A weight's first norm and its last four, with their steps: enough to see it run away.
-
-    Example:
-        >>> norms = Norms(1.0)
-        >>> for step in range(1, 7):
-        ...     norms = norms.seen_at(step, 2.0**step)
-        >>> norms.first, norms.steps
-        (1.0, (3, 4, 5, 6))
-    """
-
-    first: float
-    steps: tuple[float, ...] = ()
-    norms: tuple[float, ...] = ()
-
-    def seen_at(self, step: float, norm: float) -> Norms:
-        """With one more norm."""
-        # Four are enough for a forecast, and a run may have millions of steps.
-        return Norms(self.first, (*self.steps[-3:], step), (*self.norms[-3:], norm))
 
 
 @dataclass(frozen=True)
@@ -282,7 +261,7 @@ class Ledger:
         """What a row says of each weight for the rows after it."""
         return {
             **_state_of_courses(self.courses),
-            "expectations": expected_norms.state_of(self.expectations),
+            "expectations": expectations.state_of(self.expectations),
             "balances": measured_balance.state_of(self.balances),
         }
 
@@ -392,7 +371,7 @@ def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
 def _of_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "courses": _courses(state),
-        "expectations": expected_norms.expectations_from(state["expectations"]),
+        "expectations": expectations.expectations_from(state["expectations"]),
         "balances": measured_balance.balances_from(state["balances"]),
     }
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects
@@ -25,8 +24,10 @@ from lightning_normdyn.optimizers.group_numbers import with_plain_numbers, witho
 from lightning_normdyn.optimizers.state import has_stepped
 from lightning_normdyn.optimizers.step import Phase, Step
 
+from .by_weight import Doubles, Flags
 from .histograms import PACKED, Histogram, bin_vectors, unpack
 from .measured_balance import MatrixSums
+from .monitored_weights import MonitoredWeights
 from .passed_steps import PassedSteps
 from .pulls import decay_of_vectors
 from .quantities import QUANTITIES, of_matrices, to_measure
@@ -67,15 +68,15 @@ class Reading:
     Args:
         totals: ``(k, w)``, sums; of squares, for what is averaged as RMS.
         counts: ``(k, w)``, how many vectors each sum is over.
-        matrices: by weight, all of its vectors as one.
+        matrices: ``(w,)``, of each weight all vectors as one.
         collapsed: ``(w,)``, vectors much shorter than the mean of their weight.
         histograms: by log key.
     """
 
-    totals: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    matrices: list[MatrixSums]
-    collapsed: list[float]
+    totals: Doubles
+    counts: Doubles
+    matrices: MatrixSums
+    collapsed: Doubles
     histograms: dict[str, Histogram]
 
 
@@ -98,7 +99,7 @@ class Measured:
         groups: the hyperparameters of every param group at this very step.
         places: for each weight, the place of its param group.
         passed: with which hyperparameters the steps up to this one were taken.
-        warm: names of weights that the optimizer had stepped before.
+        warm: ``(w,)``, which weights the optimizer had stepped before.
     """
 
     gauge: StepGauge
@@ -114,7 +115,7 @@ class Measured:
     groups: list[dict[str, Any]]
     places: list[int]
     passed: PassedSteps
-    warm: frozenset[str]
+    warm: Flags
 
     @property
     def plan(self) -> Plan:
@@ -138,29 +139,24 @@ class Measured:
         # The flag travels with the sums: to ask for it here would wait for the device.
         return torch.cat([*parts, self.skipped])
 
-    def read(self, numbers: list[float]) -> Reading | None:
+    def read(self, numbers: Doubles) -> Reading | None:
         """What `reduce` gave, once it is on the host; None if the device skipped the update."""
-        *numbers, skipped = numbers
         # A skipped update left the weights as they were: its angle of 0 would lower every mean.
-        if skipped:
+        if numbers[-1]:
             return None
         kinds = len(self.gauge.measured)
+        rows = 2 * kinds + WHOLE + 1
         width = len(self.plan.targets)
-        averaged = 2 * kinds * width
-        table = np.array(numbers[:averaged]).reshape(2, kinds, width)
-        numbers = numbers[averaged:]
-        sums = np.array(numbers[: WHOLE * width]).reshape(WHOLE, width)
-        matrices = [MatrixSums(*column) for column in sums.T.tolist()]
-        numbers = numbers[WHOLE * width :]
-        collapsed = numbers[:width]
+        table = numbers[: rows * width].reshape(rows, width)
+        totals, counts, sums, collapsed = np.split(table, np.cumsum([kinds, kinds, WHOLE]))
         histograms = {}
         if self.binned is not None:
-            histograms = self._histograms(numbers[width:])
-        return Reading(table[0], table[1], matrices, collapsed, histograms)
+            histograms = self._histograms(numbers[rows * width : -1])
+        return Reading(totals, counts, MatrixSums(*sums), collapsed[0], histograms)
 
-    def _histograms(self, numbers: list[float]) -> dict[str, Histogram]:
+    def _histograms(self, numbers: Doubles) -> dict[str, Histogram]:
         found = {}
-        packed = np.array(numbers).reshape(len(self.gauge.binned), -1, PACKED).tolist()
+        packed = numbers.reshape(len(self.gauge.binned), -1, PACKED).tolist()
         for quantity, histograms in zip(self.gauge.binned, unpack(packed), strict=True):
             for target, histogram in zip(self.plan.targets, histograms, strict=True):
                 if histogram is not None:
@@ -208,10 +204,9 @@ class StepGauge:
     Attributes:
         names: the quantities that are measured, needed by the loggers or by predictions.
         effects: by weight.
+        weights: what of them is the same in every row.
         entries: by weight, of all its vectors.
-        counts: by weight, its vectors.
         lengths: by weight, entries of one vector.
-        of_matrices: by weight, the quantities of whole matrices that are shown.
         spare: memory of an earlier measurement that may be used again.
     """
 
@@ -225,24 +220,22 @@ class StepGauge:
     ) -> None:
         self.plan = plan
         self.spare: Tensor | None = None
-        self.entries = {target.name: target.entries for target in plan.targets}
-        self.counts = {target.name: max(1, target.partition.n) for target in plan.targets}
-        self.lengths = {}
-        for name, entries in self.entries.items():
-            self.lengths[name] = max(1, entries // self.counts[name])
-        self.of_matrices = {}
+        of_matrices_of = []
         for target, effect in zip(plan.targets, effects, strict=True):
             steered, invariant = effect.rotation is not None, target.scale_invariant
-            self.of_matrices[target.name] = of_matrices(quantities, invariant, steered=steered)
-        self._warm: frozenset[str] = frozenset()
+            of_matrices_of.append(of_matrices(quantities, invariant, steered=steered))
+        self._warm = np.zeros(len(plan.targets), dtype=np.bool_)
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
-        self.take_effects(effects)
         shrunk = any(effect.shrink or effect.decaying for effect in effects)
         asked = to_measure(quantities, standardized=any(standardized), shrunk=shrunk)
         # Predictions and verdicts rest on the norm, the angle, and the present decay.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self.names = list(dict.fromkeys([*asked, *needed]))
+        self.weights = MonitoredWeights(plan.targets, self.names, of_matrices_of)
+        self.entries = dict(zip(self.weights.names, map(int, self.weights.entries), strict=True))
+        self.lengths = dict(zip(self.weights.names, map(int, self.weights.lengths), strict=True))
+        self.take_effects(effects)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
         # standard deviation beside it: more than sums in float32 can tell. And a replay compares
         # its own norms with those kept.
@@ -270,8 +263,9 @@ class StepGauge:
         """What other callbacks do may change from epoch to epoch (WRS in its window)."""
         plan = self.plan
         one_of = {effect: effect for effect in effects}  # equal ones are then found at once
-        names = [target.name for target in plan.targets]
+        names = self.weights.names
         self.effects = dict(zip(names, [one_of[effect] for effect in effects], strict=True))
+        self.weights.take_effects(list(self.effects.values()))
         shrinks = [effect.shrink for effect in effects]
         # NaN, not 0: every mean leaves it out, while a 0 would be averaged as a strength.
         alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
@@ -288,8 +282,10 @@ class StepGauge:
         plan = self.plan
         bracket = step.bracket
         number = plan.number(step)
-        stepped = [t.name for t in plan.targets if has_stepped(plan.optimizer, t.weight, number)]
-        self._warm = frozenset(stepped)
+        # Whom the optimizer has stepped, it has stepped for good.
+        for place in np.flatnonzero(~self._warm).tolist():
+            weight = plan.targets[place].weight
+            self._warm[place] = has_stepped(plan.optimizer, weight, number)
         vectors = plan.vectors
         weights = vectors.values()
         gradients = vectors.gradients()
@@ -406,7 +402,7 @@ class StepGauge:
             ],
             places=self._places(),
             passed=passed.copy(),
-            warm=self._warm,
+            warm=self._warm.copy(),
         )
 
     def _places(self) -> list[int]:

@@ -8,9 +8,11 @@ Numbers of the host. The windows: `lightning_normdyn.monitor.balance`; the pulls
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import atan2, isfinite, nan, sqrt
+from dataclasses import dataclass
+from math import nan
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +30,10 @@ from lightning_normdyn.engine.value_checks import (
 )
 from lightning_normdyn.functional import balanced_angular_update
 
-from .balance import NO_ROWS, BalanceWindow, MatrixRow, Point, Span
-from .passed_steps import Stretch
-from .pulls import End, Strength, passed_between
+from .balance import LOG_NORM, NO_ROWS, PULL, SQUARED_ANGLE, BalanceWindow, Passed, Point
+from .balance_windows import MatrixRow, Windows, spans_of
+from .by_weight import Doubles, Flags
+from .pulls import End, Strength
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
 """What may be left of a difference of two equal numbers, relative to them."""
@@ -40,7 +43,7 @@ MOST_LOG = 750.0
 
 
 class MatrixSums(NamedTuple):
-    """The sums of one measured step over all vectors of a weight.
+    """The sums of one measured step over all vectors of a weight, ``(w,)`` each.
 
     Legend: w the weight that the gradient was taken at, s the weight just before the step, d the
     step from s.
@@ -57,48 +60,51 @@ class MatrixSums(NamedTuple):
             one.
     """
 
-    ww: float
-    ss: float
-    sd: float
-    dd: float
-    size_ww: float
-    log_scale_ww: float = 0.0
-    target_ww: float = 0.0
+    ww: Doubles
+    ss: Doubles
+    sd: Doubles
+    dd: Doubles
+    size_ww: Doubles
+    log_scale_ww: Doubles
+    target_ww: Doubles
 
     @property
-    def squared_angle(self) -> float:
+    def squared_angle(self) -> Doubles:
         """Of the step, with all vectors as one; NaN where there is no direction."""
-        # As `lightning_normdyn.functional.angle_from_sums` has it. These numbers are on the host
-        # already, and from tensors of one number they would be read one by one.
-        if not (self.ss > 0 and isfinite(self.ss + self.sd + self.dd)):
-            return nan
-        square = self.dd - self.sd * self.sd / self.ss
-        across = sqrt(square) if square > ROUNDING * self.dd else 0.0
-        along = (self.ss + self.sd) / sqrt(self.ss)
-        if across == 0 and along == 0:
-            return nan
-        angle = atan2(across, along)
-        return angle * angle
+        # As `lightning_normdyn.functional.angle_from_sums` has it; numpy takes half as long for so
+        # few numbers.
+        with np.errstate(all="ignore"):
+            square = self.dd - self.sd * self.sd / self.ss
+            across = np.sqrt(np.where(square > ROUNDING * self.dd, square, 0.0))
+            along = (self.ss + self.sd) / np.sqrt(self.ss)
+            angle = np.arctan2(across, along)
+            has_length = (self.ss > 0) & np.isfinite(self.ss + self.sd + self.dd)
+        has_direction = has_length & ((across != 0) | (along != 0))
+        return np.where(has_direction, angle * angle, nan)
 
     @property
-    def size(self) -> float:
+    def size(self) -> Doubles:
         """The size with which AdaptiveWeightShrink pulls at the norm of the whole: that of long
         vectors counts for more, because they make up more of the norm."""
-        return self.size_ww / self.ww if self.ww > 0 else 0.0
+        return self._mean_of(self.size_ww)
 
     @property
-    def log_scale(self) -> float:
+    def log_scale(self) -> Doubles:
         """Σ ln c of the whole; NaN where the callbacks' vectors are others."""
-        return self.log_scale_ww / self.ww if self.ww > 0 else 0.0
+        return self._mean_of(self.log_scale_ww)
 
     @property
-    def target_angle(self) -> float:
+    def target_angle(self) -> Doubles:
         """What the step was to turn by; 0 where no callback sets it, NaN where it could not."""
-        return self.target_ww / self.ww if self.ww > 0 else 0.0
+        return self._mean_of(self.target_ww)
+
+    def _mean_of(self, weighted: Doubles) -> Doubles:
+        with np.errstate(all="ignore"):
+            return np.where(self.ww > 0, weighted / self.ww, 0.0)
 
 
 class Balance(NamedTuple):
-    """What is known of the balance of one weight. It never changes; `after` gives the next one.
+    """What is known of the balance of one weight.
 
     Args:
         window: rows since the norm was last set, or its decay last jumped.
@@ -112,99 +118,174 @@ class Balance(NamedTuple):
     elapsed: float = 0.0
     was_set: bool = False
 
-    def after(
-        self,
-        number: int,
-        sums: MatrixSums,
-        lr: float,
-        strength: Strength,
-        stretches: Sequence[tuple[Stretch, Strength, float | None]],
-        *,
-        is_set: bool,
-    ) -> Balance:
-        """With one more row.
-
-        Args:
-            number: of its optimizer step.
-            sums: of that step.
-            lr: the rate that it applied; NaN where nobody can tell.
-            strength: of the decay in it.
-            stretches: for `passed_between`, from the newest row on; empty where these steps are not
-                known.
-            is_set: whether a callback has set the norm since the newest row, or in this step.
-        """
-        end = End(number, lr, sums.size)
-        passed = None
-        # What a callback sets at the step of a row happens after that row was measured. So the
-        # steps before it and those after it are left out.
-        if self.end is not None and self.end.number < number and not (is_set or self.was_set):
-            is_known = number == self.end.number + 1 or bool(stretches)
-            passed = passed_between(self.end, end, stretches) if is_known else None
-        pull = strength.pull(lr, sums.size)
-        row = MatrixRow(number, sums.ww, sums.squared_angle, pull, lr, sums.log_scale)
-        window = self.window.extended(row, passed)
-        elapsed = self.elapsed
-        # Rows of neighbouring steps have nothing between them, whose pull is known to be 0.
-        if passed is not None and isfinite(passed.pull + row.pull):
-            elapsed += passed.pull + row.pull
-        return Balance(window, end, elapsed, is_set)
-
     @property
     def newest(self) -> Point | None:
         """The newest row of the window."""
         return self.window.points[-1] if self.window.points else None
 
 
+class BalanceRow(NamedTuple):
+    """A row of the weights of one optimizer, ``(w,)`` each but for the number.
+
+    Args:
+        number: of the optimizer step.
+        sums: of that step.
+        lr: the rate that it applied; NaN where nobody can tell.
+        strength: of the decay in it.
+        passed: sums over the steps since the newest row, as `passed_between` gives them.
+        is_known: whether these steps are known.
+        is_set: whether a callback has set the norm since the newest row, or in this step.
+        stepped: whether the weight was stepped at all.
+    """
+
+    number: int
+    sums: MatrixSums
+    lr: Doubles
+    strength: Strength
+    passed: Passed
+    is_known: Flags
+    is_set: Flags
+    stepped: Flags
+
+
+@dataclass(frozen=True, eq=False)
+class BalanceTable:
+    """`Balance` of many weights. It never changes; `after` gives the next one.
+
+    Args:
+        names: of the weights.
+        windows: of all of them.
+        ends: ``(w,)`` each, the newest rows; the number is -1 before the first.
+        elapsed: ``(w,)``.
+        was_set: ``(w,)``.
+        known: ``(w,)``, which weights were in the newest row.
+    """
+
+    names: tuple[str, ...]
+    windows: Windows
+    ends: End
+    elapsed: Doubles
+    was_set: Flags
+    known: Flags
+
+    @classmethod
+    def from_values(cls, names: tuple[str, ...], values: Sequence[Balance | None]) -> BalanceTable:
+        """As `of` gave them; None of a weight that was never measured."""
+        balances = [value or Balance() for value in values]
+        ends = [balance.end or End(-1, nan, nan) for balance in balances]
+        numbers, rates, sizes = zip(*ends, strict=True) if ends else ((), (), ())
+        return cls(
+            names,
+            Windows.from_windows([balance.window for balance in balances]),
+            End(
+                np.array(numbers, dtype=np.int64),
+                np.array(rates, dtype=np.float64),
+                np.array(sizes, dtype=np.float64),
+            ),
+            np.array([balance.elapsed for balance in balances], dtype=np.float64),
+            np.array([balance.was_set for balance in balances], dtype=np.bool_),
+            np.array([value is not None for value in values], dtype=np.bool_),
+        )
+
+    def of(self, place: int) -> Balance:
+        """Of one weight."""
+        number, lr, size = (column[place].item() for column in self.ends)
+        return Balance(
+            self.windows.of(place),
+            None if number < 0 else End(number, lr, size),
+            self.elapsed[place].item(),
+            self.was_set[place].item(),
+        )
+
+    def after(self, row: BalanceRow) -> BalanceTable:
+        """With one more row."""
+        sums = row.sums
+        end = End(row.number, row.lr, sums.size)
+        # What a callback sets at the step of a row happens after that row was measured. So the
+        # steps before it and those after it are left out.
+        has_end = self.known & (self.ends.number >= 0) & (self.ends.number < row.number)
+        is_known = row.is_known | (self.ends.number == row.number - 1)
+        is_known &= has_end & ~(row.is_set | self.was_set)
+        pull = row.strength.pull(row.lr, end.size)
+        matrix_row = MatrixRow(
+            row.number, sums.ww, sums.squared_angle, pull, row.lr, sums.log_scale
+        )
+        passed = row.passed.pull + pull
+        # Rows of neighbouring steps have nothing between them, whose pull is known to be 0.
+        counts = is_known & np.isfinite(passed)
+        # A weight that missed a row begins anew.
+        elapsed = np.where(self.known, self.elapsed, 0.0)
+        return BalanceTable(
+            self.names,
+            self.windows.extended(matrix_row, row.passed, is_known, row.stepped),
+            End(np.where(row.stepped, row.number, -1), end.lr, end.size),
+            np.where(counts, elapsed + passed, elapsed),
+            row.is_set,
+            row.stepped,
+        )
+
+
+# -- what is logged of it
+
+SHOWN = (
+    "matrix_angle",
+    "norm_drift",
+    "coherence",
+    "balanced_angular_update",
+    "balance_ratio",
+    "loss_decay",
+    "pull",
+)
+"""The quantities of a balance, in the order of their table."""
+
 OF_ONE_STEP = frozenset(["matrix_angle", "pull", "norm_drift"])
-"""What `quantities_of_step` tells: no span of steps is looked for."""
-
-
-def quantities_of_step(balance: Balance) -> dict[str, float]:
-    """Of `quantities_of`, what the newest rows tell by themselves."""
-    point = balance.newest
-    if point is None:
-        return {}
-    shown = {"matrix_angle": sqrt(point.squared_angle), "pull": point.pull}
-    step = balance.window.newest_step
-    if step is not None:
-        shown["norm_drift"] = step.growth / step.steps
-    return _known_of(shown)
+"""What the newest rows tell by themselves: no span of steps is looked for."""
 
 
 def quantities_of(
-    balance: Balance, entries: int, noise_coherence: float | None
-) -> dict[str, float]:
-    """What is logged of a balance, by name; what nobody can tell has no entry.
+    balances: BalanceTable,
+    entries: Doubles,
+    noise_coherences: Doubles,
+    wanted: Flags,
+) -> Doubles:
+    """What is logged of balances; NaN where nobody can tell.
 
     Args:
-        balance: of the weight.
-        entries: numbers in the matrix.
-        noise_coherence: the coherence of pure noise under this optimizer; None if it is not known.
+        balances: of the weights.
+        entries: ``(w,)``, numbers in each matrix.
+        noise_coherences: ``(w,)``, the coherence of pure noise under the optimizer of each; NaN
+            where it is not known.
+        wanted: ``(7, w)``, which of `SHOWN` are asked for of each weight; of the others, spans of
+            steps may be left out.
+
+    Returns:
+        ``(7, w)``, the quantities `SHOWN`.
     """
-    shown = quantities_of_step(balance)
-    point = balance.newest
-    span = balance.window.newest_span(entries)
-    if point is not None and span is not None:
-        shown.update(_known_of(_of_span(span, point, noise_coherence)))
-    return shown
-
-
-def _known_of(quantities: dict[str, float]) -> dict[str, float]:
-    # Absent, and not NaN: that would say that the run has diverged.
-    return {name: value for name, value in quantities.items() if isfinite(value)}
-
-
-def _of_span(
-    span: Span,
-    point: Point,
-    noise_coherence: float | None,
-) -> dict[str, float]:
-    kappa = span.coherence
-    shown = {"coherence": kappa, "balance_ratio": span.ratio}
-    if point.pull > 0:
-        shown["balanced_angular_update"] = float(balanced_angular_update(point.pull, kappa))
-    if noise_coherence is not None:
-        shown["loss_decay"] = span.loss_decay(noise_coherence)
+    shown = np.full((len(SHOWN), len(balances.names)), nan, dtype=np.float64)
+    rests_on_spans = np.array([name not in OF_ONE_STEP for name in SHOWN], dtype=np.bool_)
+    asks_for_span = np.asarray(wanted[rests_on_spans].any(0))
+    angle, drift, kappa, balanced, ratio, loss, pulls = shown
+    for window in balances.windows.shared:
+        places, rows = window.places, window.rows
+        angle[places] = np.sqrt(rows[-1][SQUARED_ANGLE])
+        pulls[places] = rows[-1][PULL]
+        if len(rows) > 1:
+            growth = (rows[-1][LOG_NORM] - rows[-2][LOG_NORM]) / 2
+            drift[places] = growth / (window.numbers[-1] - window.numbers[-2])
+        # To look for a span of steps takes ten times as long as all else here.
+        (weights,) = np.nonzero(asks_for_span[places])
+        if not len(weights):
+            continue
+        places = places[weights]
+        span, is_enough = spans_of(window, weights, entries[places])
+        pull = rows[-1][PULL][weights]
+        with np.errstate(all="ignore"):
+            at_balance = balanced_angular_update(pull, span.coherence)
+            of_loss = span.loss_decay(noise_coherences[places])
+        kappa[places] = np.where(is_enough, span.coherence, nan)
+        balanced[places] = np.where(is_enough & (pull > 0), at_balance, nan)
+        ratio[places] = np.where(is_enough, span.ratio, nan)
+        loss[places] = np.where(is_enough, of_loss, nan)
     return shown
 
 
@@ -284,9 +365,10 @@ STATE: Check = table(
 
 __all__ = [
     "Balance",
+    "BalanceRow",
+    "BalanceTable",
     "MatrixSums",
     "balances_from",
     "quantities_of",
-    "quantities_of_step",
     "state_of",
 ]

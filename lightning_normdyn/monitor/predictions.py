@@ -221,10 +221,29 @@ class Predictor:
         self._at_rate: dict[tuple[int, float], Mapping[str, Any]] = {}
         self._balances: dict[tuple[int, float, Effects], dict[str, Any] | None] = {}
         self._responses: dict[tuple[int, float, Any], StepResponse | None] = {}
-        # The same for all weights that share a param group, effects and shape, unless a shrink
-        # goes by their size, or what they settle at by their gradients.
+        # Of weights that share a param group, effects and shape, unless a shrink goes by their
+        # size.
         self._under: dict[tuple[Any, ...], StepResponse] = {}
-        self._settled: dict[tuple[Any, ...], Prediction | None] = {}
+
+    def are_alike(
+        self,
+        place: int,
+        lr: float,
+        effects: Effects,
+        shape: tuple[int, int] | None,
+    ) -> bool:
+        """Whether all weights of a param group, treated alike and of one shape, settle at the same,
+        whatever their size and their gradients."""
+        if effects.rescaled_now is not None:
+            return False
+        options = self._balance(place, lr, effects)
+        own = self._response(place, lr, shape)
+        if options is None or own is None:
+            return True
+        if "shrink" in options:
+            return False
+        response = self._response_under(place, lr, effects, shape, own, options)
+        return not (response.rough or response.adaptive)
 
     def predict(
         self,
@@ -281,15 +300,22 @@ class Predictor:
             options = {**options, "shrink": measured.get("equivalent_weight_decay")}
             response = response_under(own, self._group(place, lr), **options)
             return _prediction_from(response, scale, length, norm)
+        response = self._response_under(place, lr, effects, shape, own, options)
+        return _prediction_from(response, scale, length, norm)
+
+    def _response_under(
+        self,
+        place: int,
+        lr: float,
+        effects: Effects,
+        shape: tuple[int, int] | None,
+        own: StepResponse,
+        options: dict[str, Any],
+    ) -> StepResponse:
         key = (place, lr, effects, shape)
         if key not in self._under:
             self._under[key] = response_under(own, self._group(place, lr), **options)
-        response = self._under[key]
-        if response.rough or response.adaptive:
-            return _prediction_from(response, scale, length, norm)
-        if key not in self._settled:
-            self._settled[key] = _prediction_from(response, scale, length, norm)
-        return self._settled[key]
+        return self._under[key]
 
     def _group(self, place: int, lr: float) -> Mapping[str, Any]:
         key = (place, lr)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,12 @@ from lightning_normdyn.optimizers.decay import (
 from lightning_normdyn.optimizers.group_numbers import Number, is_zero
 from lightning_normdyn.optimizers.step_response import Options
 
-from .balance import Passed, log_of_kept
-from .passed_steps import Stretch
+from .balance import Numbers, Passed, log_of_kept
 
 
 class Strength(NamedTuple):
-    """What a pull is made of: P = lr · (rate + alpha · size) + per_step.
+    """What a pull is made of: P = lr · (rate + alpha · size) + per_step; of one weight, or ``(w,)``
+    of many.
 
     Args:
         rate: λ, decoupled, in 1/(step·lr); NaN where nobody can tell.
@@ -38,11 +39,11 @@ class Strength(NamedTuple):
         per_step: of a decay that does not depend on the learning rate.
     """
 
-    rate: float
-    alpha: float = 0.0
-    per_step: float = 0.0
+    rate: Numbers
+    alpha: Numbers = 0.0
+    per_step: Numbers = 0.0
 
-    def pull(self, lr: float, size: float) -> float:
+    def pull(self, lr: Numbers, size: Numbers) -> Numbers:
         """P of one step.
 
         Args:
@@ -50,7 +51,7 @@ class Strength(NamedTuple):
             size: of the weight, as AdaptiveWeightShrink sees it; without it, any number.
         """
         # 0 times an unknown size is no pull.
-        shrink = self.alpha * size if self.alpha else 0.0
+        shrink = np.where(np.equal(self.alpha, 0), 0.0, self.alpha * size)
         return lr * (self.rate + shrink) + self.per_step
 
 
@@ -184,7 +185,7 @@ def decay_of_vectors(plan: Plan, effects: Mapping[str, Effects]) -> Tensor | Non
 
 
 class End(NamedTuple):
-    """A measured step at one end of steps that were not.
+    """A measured step at one end of steps that were not; of one weight, or ``(w,)`` of many.
 
     Args:
         number: of the optimizer step.
@@ -192,58 +193,79 @@ class End(NamedTuple):
         size: of the weight, as AdaptiveWeightShrink sees it; 0 without it.
     """
 
-    number: int
-    lr: float
-    size: float
+    number: Numbers
+    lr: Numbers
+    size: Numbers
 
 
-def passed_between(
-    before: End,
-    now: End,
-    stretches: Sequence[tuple[Stretch, Strength, float | None]],
-) -> Passed:
-    """Sums over the steps between two measured ones.
+class Taken(NamedTuple):
+    """Consecutive steps that decayed a weight alike.
 
     Args:
-        before: the earlier of the two.
-        now: the later.
-        stretches: the steps after ``before``; the decay of the weight in them; and their learning
-            rate, None where only the measured steps tell it: between those it is taken to change
-            evenly.
+        first: number of the first of them.
+        last: number of the last.
+        strength: of the decay.
+        lr: their learning rate; None where only the measured steps tell it: between those it is
+            taken to change evenly.
+    """
+
+    first: int
+    last: int
+    strength: Strength
+    lr: float | None
+
+
+def passed_between(before: End, now: End, steps: Sequence[Taken]) -> Passed:
+    """Sums over the steps between two measured ones, of weights that are decayed alike.
+
+    Args:
+        before: the earlier of the two, ``(w,)``.
+        now: the later, ``(w,)`` but for its number, which is that of all.
+        steps: those after ``before``.
+
+    Returns:
+        ``(w,)``, or numbers of all weights where there is nothing between.
 
     Example:
-        >>> stretch = Stretch(2, 11, [{}])
-        >>> ends = End(1, 0.1, 0.0), End(11, 0.1, 0.0)
-        >>> round(passed_between(*ends, [(stretch, Strength(0.01), 0.1)]).pull, 6)  # steps 2 to 10
-        0.009
+        >>> before = End(np.array([1]), np.array([0.1]), np.array([0.0]))
+        >>> now = before._replace(number=11)
+        >>> passed = passed_between(before, now, [Taken(2, 11, Strength(0.01), 0.1)])
+        >>> passed.pull.round(6)  # steps 2 to 10
+        array([0.009])
     """
-    steps = 0
-    pulls = 0.0
-    log_kept = 0.0
-    rates = 0.0
-    for stretch, strength, written_lr in stretches:
+    rows = []
+    for taken in steps:
         # The step of `now` itself belongs to the steps that follow.
-        last = min(stretch.last, now.number - 1)
-        count = last - stretch.first + 1
-        if count < 1:
-            continue
+        last = min(taken.last, now.number - 1)
+        if last >= taken.first:
+            lr = nan if taken.lr is None else taken.lr
+            rows.append((taken.first, last, *taken.strength, lr, taken.lr is not None))
+    if not rows:
+        return Passed(0, 0.0, 0.0, 0.0)
+    # A column for each of the numbers of a stretch, against the weights: (stretches, 1).
+    columns = np.array(rows, dtype=np.float64).T[:, :, None]
+    firsts, lasts, rate, alpha, per_step, written_lr, is_written = columns
+    counts = lasts - firsts + 1
+    with np.errstate(all="ignore"):
         # What changes evenly has its mean in the middle.
-        middle = (stretch.first + last) / 2
-        share = (middle - before.number) / (now.number - before.number)
-        lr = written_lr
-        if lr is None:
-            lr = before.lr + share * (now.lr - before.lr)
-        pull = strength.pull(lr, before.size + share * (now.size - before.size))
-        steps += count
-        pulls += count * pull
-        log_kept += count * log_of_kept(pull)
-        rates += count * lr
-    return Passed(steps, pulls, log_kept, rates)
+        share = ((firsts + lasts) / 2 - before.number) / (now.number - before.number)
+        between = before.lr + share * (now.lr - before.lr)
+        lr = np.where(is_written != 0, written_lr, between)
+        size = before.size + share * (now.size - before.size)
+        pull = Strength(rate, alpha, per_step).pull(lr, size)
+        kept = counts * log_of_kept(pull)
+    return Passed(
+        int(counts.sum()),
+        (counts * pull).sum(0),
+        kept.sum(0),
+        (counts * lr).sum(0),
+    )
 
 
 __all__ = [
     "End",
     "Strength",
+    "Taken",
     "decay_of_vectors",
     "options_of",
     "paced_decay",

@@ -10,7 +10,7 @@ Over 500 lines, most of them rows of this one table.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -43,15 +43,15 @@ class Quantity:
         average: over vectors: ``"rms"`` for what predictions compare as root mean square.
         formula: from the sums of a step to ``(n,)``; None for what is not measured by
             NormDynamicsMonitor.
-        prediction: from the measured and the predicted angular update to this quantity, of one
-            weight or over all; None for what needs no prediction.
+        prediction: from the measured and the predicted angular update to this quantity, over all
+            vectors or ``(w,)`` of many weights; None for what needs no prediction.
         of_matrix: whether it is a number of a whole matrix as one vector, worked out on the host
             by `lightning_normdyn.monitor.measured_balance`; shown for weights that are not
             scale-invariant, or by name.
         of_every_weight: whether such a number is kept of scale-invariant weights as well: what
             decay takes of a weight is compared between runs.
         expectation: from the measured angle, the expected one and the expected norm to this
-            quantity; None for what is compared with no expectation.
+            quantity, numbers or arrays as there; None for what is compared with no expectation.
         scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
             vectors; ``"weight"`` or ``"overview"``: one of them.
         measured: ``"always"``; ``"standardized"``: where a weight is standardized, or by name;
@@ -82,9 +82,9 @@ class Quantity:
     scale: Literal["log", "linear", "ratio"] = "log"
     average: Literal["mean", "rms"] = "mean"
     formula: Callable[[StepSums], Tensor] | None = None
-    prediction: Callable[[float, float], float] | None = None
+    prediction: Callable[[Any, Any], Any] | None = None
     of_matrix: bool = False
-    expectation: Callable[[float, float, float], float] | None = None
+    expectation: Callable[[Any, Any, Any], Any] | None = None
     of_every_weight: bool = False
     scope: Literal["both", "weight", "overview"] = "both"
     measured: Literal["always", "standardized", "shrunk", "by name"] = "always"

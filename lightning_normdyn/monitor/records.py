@@ -8,18 +8,64 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_normdyn.errors import NormDynError, shown
+
+from .row_values import Block, RowValues, WeightKeys
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 _OTHER = "other"
+
+
+class Columns(Mapping[str, int]):
+    """The place of each log key's cell in a row. Columns only ever come, so a place stays valid.
+
+    It never changes, so histories share it; `with_keys` gives one with more columns.
+
+    Args:
+        keys: the log keys, in the order of their cells.
+    """
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._places = {key: place for place, key in enumerate(keys)}
+        self._found: dict[WeightKeys, Ints] = {}
+
+    def with_keys(self, keys: Iterable[str]) -> Columns:
+        """With a column for each of ``keys``: the same object where all of them have one."""
+        # A dict: a key may come twice.
+        new = dict.fromkeys(key for key in keys if key not in self._places)
+        return Columns([*self._places, *new]) if new else self
+
+    def of(self, keys: WeightKeys) -> Ints:
+        """The places of many keys, as they stand in `WeightKeys.table`; -1 of those that have no
+        column."""
+        found = self._found.get(keys)
+        if found is None:
+            table = [[self._places.get(key, -1) for key in row] for row in keys.table]
+            found = np.array(table, dtype=np.int64)
+            self._found[keys] = found
+        return found
+
+    def __getitem__(self, key: str) -> int:
+        return self._places[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class Event(NamedTuple):
@@ -220,9 +266,7 @@ class Contents:
 
     def __init__(self, max_rows: int, max_vector_bytes: int) -> None:
         self.meta: dict[str, Any] = {}
-        # Columns only ever come: a place in a row stays valid.
-        self.columns: dict[str, int] = {}
-        """The place of each log key's cell in a row."""
+        self.columns = Columns()
         self.vector_sizes: dict[str, int] = {}
         """The length of the arrays of each name."""
         # Few kinds of rows: each optimizer has one, and each of them must keep several rows.
@@ -235,7 +279,6 @@ class Contents:
         """Contents of their own that start as these. Arrays are shared, since none is ever changed,
         and so is ``meta``."""
         other = copy(self)
-        other.columns = dict(self.columns)
         other.vector_sizes = dict(self.vector_sizes)
         other.rows = self.rows.fork()
         other.events = self.events.fork()
@@ -245,6 +288,36 @@ class Contents:
     def lists(self) -> dict[str, ThinnedList]:
         """The three lists by what they hold."""
         return {"row": self.rows, "event": self.events, "vector": self.vectors}
+
+    def cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
+        """The cells of a row, and which of them are recorded; columns are made as needed."""
+        blocks: Sequence[Block] = ()
+        others = values
+        # The monitor's own rows: no dictionary is made of them.
+        if isinstance(values, RowValues):
+            blocks, others = values.blocks, values.overview
+        # First of all: a value that is refused must not leave a column behind.
+        numbers = list(map(_as_float, others.values()))
+        columns = self.columns
+        for block in blocks:
+            missing = block.there & (columns.of(block.keys) < 0)
+            if missing.any():
+                table = block.keys.table
+                columns = columns.with_keys([table[i][j] for i, j in block.places(missing)])
+        columns = self.columns = columns.with_keys(others)
+
+        cells = np.full(len(columns), np.nan, dtype=np.float32)
+        present = np.zeros(len(columns), dtype=np.bool_)
+        # What exceeds float32 becomes inf, without a warning: a run that diverged shows it so.
+        with np.errstate(over="ignore"):
+            for block in blocks:
+                recorded = columns.of(block.keys)[block.there]
+                cells[recorded] = block.values[block.there]
+                present[recorded] = True
+            recorded = np.array([columns[key] for key in others], dtype=np.int64)
+            cells[recorded] = numbers
+        present[recorded] = True
+        return cells, present
 
     def vectors_of(self, name: str) -> tuple[list[int], Floats]:
         """The arrays of a name: the places of the ``r`` records that have one, and the arrays,
@@ -259,3 +332,18 @@ class Contents:
         # reshape: without any record numpy does not know the second dimension.
         shape = (len(places), self.vector_sizes[name])
         return places, np.array(arrays, dtype=np.float32).reshape(shape)
+
+
+def _as_float(value: float) -> float:
+    """A number as a float.
+
+    Raises:
+        NormDynError: for an integer that no float can hold, which was never measured: what diverges
+            is infinite.
+    """
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise NormDynError(
+            f"a value of {shown(value)} was to be kept, and no float can hold it."
+        ) from error

@@ -32,8 +32,6 @@ LONG = (4.0, 12)
 # But a drift by this much within a relaxation time is none of that: after a burst the two windows
 # may even disagree on the direction.
 WANDERING = 0.3
-# A change of lr x decay by this much is worth an entry in a course.
-NOTED_CHANGE = 0.01
 # And by this much aims at another equilibrium.
 OTHER_AIM = 0.1
 # A predicted angle that was constant up to this share, and then fell by this factor, has dropped; a
@@ -42,7 +40,6 @@ SAME_AIM = 0.01
 DROP = 1.2
 # Relaxation times after which a drop is forgotten.
 DROP_FELT = 6.0
-MOST_PULLS = 512
 LEAST_ROWS = 3
 
 
@@ -62,24 +59,6 @@ class Course:
     step: int = 0
     elapsed: float = 0.0
     pulls: list[tuple[int, float]] = field(default_factory=list)
-
-    def add(self, step: int, prediction: Prediction | None) -> None:
-        """Take in the prediction of an optimizer step, counted from 1."""
-        if prediction is not None and prediction.relaxation:
-            # Steps since the last look went by at this rate.
-            self.elapsed += (step - self.step) / prediction.relaxation
-            if not self.pulls or _differs(prediction.pull, self.pulls[-1][1], NOTED_CHANGE):
-                self.pulls.append((step, prediction.pull))
-            if len(self.pulls) > MOST_PULLS:
-                # A cosine over a long run has an entry for every percent; half of them show it as
-                # well.
-                del self.pulls[1::2]
-        self.latest = prediction
-        self.step = step
-
-    def fork(self) -> Course:
-        """A course that starts as this one and goes on by itself."""
-        return Course(self.latest, self.step, self.elapsed, list(self.pulls))
 
     def steady_since(self) -> float:
         """The step since which lr x decay has been within a tenth of what it is now; before,

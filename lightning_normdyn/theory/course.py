@@ -427,8 +427,6 @@ class NormCourse:
         forgets_late = memory * response.power * float(np.max(pull)) > _LONGEST_MEMORY
         state.rough = forgets_late or (response.energy_is_rough and not is_measured)
 
-    # -------------------------------------------------------------------- rescales and checkpoints
-
     def rescale(self, factor: float | ArrayLike, *, buffers: bool = True) -> None:
         """The vectors are multiplied by ``factor`` between two steps (WRS, LRDropRescaling).
 
@@ -448,10 +446,13 @@ class NormCourse:
             else:
                 state.wm = state.wm * f
 
+    def arrays(self) -> dict[str, Any]:
+        """As :meth:`state_dict`, with ``(n,)`` arrays in the place of lists: not to be changed."""
+        return dict(vars(self._state))  # a step replaces arrays and writes to none
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next step needs, in plain numbers and lists."""
-        values = vars(self._state)
-        return {name: np.asarray(value).tolist() for name, value in values.items()}
+        return {name: np.asarray(value).tolist() for name, value in self.arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As :meth:`state_dict` gave it, of a course over as many vectors.

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from balances import after, shown_of, sums_of
 from containers import holder_of, places
+from expectations import WeightStep, follow_each
 from models import SavesAt, fit, make, same, weights_of
 
 from lightning_normdyn import (
@@ -33,11 +35,10 @@ from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.state import VERSION, digest, seal, unseal
 from lightning_normdyn.engine.value_checks import plain
 from lightning_normdyn.monitor import balance
-from lightning_normdyn.monitor.expected_norms import Interval, WeightStep, follow
+from lightning_normdyn.monitor.expected_norms import Interval
 from lightning_normdyn.monitor.ledger import Ledger
-from lightning_normdyn.monitor.measured_balance import MatrixSums, quantities_of
 from lightning_normdyn.monitor.passed_steps import PassedSteps
-from lightning_normdyn.monitor.pulls import Strength
+from lightning_normdyn.monitor.pulls import Strength, Taken
 
 CASES = 1300
 DROPPED = r"cannot use its state in the checkpoint: .* starts as in a fresh fit"
@@ -494,16 +495,15 @@ def go_on(extra: dict[str, Any]) -> None:
     passed.note(number, [group])
     for known in ledger.balances.values():
         since = 0 if known.end is None else known.end.number
-        stretches = [(s, Strength(0.1), 0.1) for s in passed.since(since)]
-        sums = MatrixSums(4.0, 4.0, 0.0, 1e-3, 0.0)
-        row = known.after(number, sums, 0.1, Strength(0.1), stretches, is_set=False)
-        quantities_of(row, 36, 19.0)
+        stretches = [Taken(s.first, s.last, Strength(0.1), 0.1) for s in passed.since(since)]
+        row = after(known, number, sums_of(4.0, 4.0, 0.0, 1e-3), 0.1, Strength(0.1), stretches)
+        shown_of(row, 36, 19.0)
     newest = ledger.counted.get(0, 0)
     interval = Interval(torch.optim.SGD, [group], number, passed.since(newest))
     steps = []
     for name in ledger.expectations:
         steps.append(WeightStep(name, 0, Effects(), 9, (4, 9), 2.0, 0.01, 0.1, 3.0))
-    follow(interval, steps, ledger.expectations)
+    follow_each(interval, steps, ledger.expectations)
 
 
 def test_courses_and_windows_that_were_sealed_anew_raise_nothing_else(

@@ -7,16 +7,18 @@ from math import inf, isnan, nan
 import numpy as np
 import pytest
 
-from lightning_normdyn.monitor.balance import (
-    LEAST_STEPS,
-    MOST_POINTS,
-    BalanceWindow,
-    MatrixRow,
-    Passed,
-    log_of_kept,
-)
+from lightning_normdyn.monitor.balance import LEAST_STEPS, BalanceWindow, Passed, log_of_kept
+from lightning_normdyn.monitor.balance_windows import MOST_POINTS, MatrixRow, Windows
 
 ENTRIES = 10_000
+
+
+def extended(window, row, passed):
+    """One weight's window with one more row; ``passed`` None where that is not known."""
+    is_known = np.array([passed is not None])
+    passed = passed or Passed(0, 0.0, 0.0, 0.0)
+    windows = Windows.from_windows([window])
+    return windows.extended(row, passed, is_known, np.array([True])).of(0)
 
 
 class History:
@@ -31,7 +33,8 @@ class History:
 
     def row(self, number):
         i = number - 1
-        return MatrixRow(number, self.norms[i], self.squared[i], self.pulls[i], self.lr)
+        numbers = (self.norms[i], self.squared[i], self.pulls[i], self.lr, 0.0)
+        return MatrixRow(number, *(np.array([x]) for x in numbers))
 
     def passed(self, before, now):
         between = self.pulls[before : now - 1]
@@ -42,7 +45,7 @@ class History:
         before = None
         for number in numbers:
             passed = None if before is None else self.passed(before, number)
-            window = window.extended(self.row(number), passed)
+            window = extended(window, self.row(number), passed)
             before = number
         return window
 
@@ -125,7 +128,7 @@ def test_a_gliding_pull_does_not(of):
 def test_a_window_begins_anew_where_its_past_is_not_known():
     history = History(np.full(400, 0.01), 1e-3)
     window = history.window(range(1, 200, 20))
-    assert len(window.extended(history.row(201), None).points) == 1
+    assert len(extended(window, history.row(201), None).points) == 1
 
 
 @pytest.mark.parametrize(
@@ -134,22 +137,20 @@ def test_a_window_begins_anew_where_its_past_is_not_known():
 def test_what_is_no_measurement_leaves_nothing(change):
     history = History(np.full(400, 0.01), 1e-3)
     window = history.window(range(1, 200, 20))
-    broken = history.row(201)._replace(**change)
-    assert window.extended(broken, history.passed(181, 201)) == BalanceWindow()
+    broken = history.row(201)._replace(**{name: np.array([x]) for name, x in change.items()})
+    assert extended(window, broken, history.passed(181, 201)) == BalanceWindow()
 
 
 def test_an_unknown_pull_leaves_the_drift_and_no_coherence():
     history = History(np.full(400, 0.01), 1e-3)
     window = BalanceWindow()
     for number in range(1, 200, 20):
-        row = history.row(number)._replace(pull=nan)
-        window = window.extended(row, None if number == 1 else Passed(19, nan, nan, 1.9))
-    assert window.newest_step.growth == pytest.approx(
-        np.log(history.norms[20] / history.norms[0]) / 2
-    )
+        row = history.row(number)._replace(pull=np.array([nan]))
+        window = extended(window, row, None if number == 1 else Passed(19, nan, nan, 1.9))
+    assert window.whole.growth == pytest.approx(np.log(history.norms[180] / history.norms[0]) / 2)
     assert window.newest_span(10**8) is None
     # And once it is known, the window is one of known pulls.
-    known = window.extended(history.row(201), history.passed(181, 201))
+    known = extended(window, history.row(201), history.passed(181, 201))
     assert known.points[0].number == 201
 
 

@@ -7,6 +7,7 @@ from math import cos, exp, pi
 import numpy as np
 import pytest
 import torch
+from expectations import WeightStep, follow_each
 from torch import nn
 
 from lightning_normdyn.engine.effect import (
@@ -19,14 +20,8 @@ from lightning_normdyn.engine.effect import (
     combine,
 )
 from lightning_normdyn.functional import angular_update, project_tangent
-from lightning_normdyn.monitor.expected_norms import (
-    FILLS_BUFFERS,
-    Interval,
-    WeightStep,
-    expectations_from,
-    follow,
-    state_of,
-)
+from lightning_normdyn.monitor.expectations import expectations_from, state_of
+from lightning_normdyn.monitor.expected_norms import FILLS_BUFFERS, Interval
 from lightning_normdyn.monitor.passed_steps import PassedSteps
 
 VECTORS, ENTRIES, EVERY = 128, 32, 20
@@ -117,7 +112,7 @@ class Run:
         stretches = [] if known is None else self.passed.since(known.number)
         groups = [dict(group, params=[]) for group in self.optimizer.param_groups]
         interval = Interval(self.optimizer, groups, self.number, stretches)
-        found = follow(interval, [measured], self.expectations)
+        found = follow_each(interval, [measured], self.expectations)
         if "w" not in found:
             return
         expected = found["w"]
@@ -165,7 +160,7 @@ def size_of_gradients(make, scales):
         passed.note(number, groups)
         row = WeightStep("w", 0, NOTHING, 8, (4, 8), 2.0, 1e-3, 1e-3, scale)
         interval = Interval(optimizer, groups, number, passed.since(number - 1))
-        known = {"w": follow(interval, [row], known)["w"].expectation}
+        known = {"w": follow_each(interval, [row], known)["w"].expectation}
     return known["w"].course["scale"][0]
 
 
@@ -341,7 +336,7 @@ def test_weights_are_followed_together_as_each_alone():
             newest = {e.number for e in known.values()}
             stretches = passed.since(max(newest)) if newest else []
             interval = Interval(optimizer, [group], number, stretches)
-            expected = follow(interval, steps, known)
+            expected = follow_each(interval, steps, known)
             known = {name: found.expectation for name, found in expected.items()}
             angles.append({name: (found.angle, found.norm) for name, found in expected.items()})
         return angles

@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
+import numpy as np
 import pytest
 
 from lightning_normdyn.monitor.gradient_sizes import (
     FEWEST_ROWS,
     MOST_ROWS,
+    Sizes,
     averages,
-    with_one_more,
 )
 
 
 def averaged(sizes, most):
-    (average,) = averages([sizes], most)
+    (average,) = averages(Sizes.from_values([sizes], MOST_ROWS), most)
     return average
 
 
 def kept(sizes):
-    known: tuple[float, ...] = ()
+    known = Sizes.from_values([()], MOST_ROWS)
     for size in sizes:
-        known = with_one_more(known, size)
-    return known
+        known = known.with_one_more(np.array([size]))
+    return known.of(0)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-200, 1e200])
@@ -54,5 +55,15 @@ def test_what_is_no_size_is_left_out_and_old_ones_are_forgotten():
 
 def test_many_weights_at_once_give_what_each_gives_alone():
     of_weights = [(3.0,), (3.0, 5.0, 1.0), kept(0.9**i for i in range(30)), kept([1.0, 9.0] * 9)]
-    together = averages(of_weights, MOST_ROWS)
+    together = averages(Sizes.from_values(of_weights, MOST_ROWS), MOST_ROWS)
     assert together.tolist() == [averaged(sizes, MOST_ROWS) for sizes in of_weights]
+
+
+def test_means_and_new_sizes_are_of_each_weight_by_itself():
+    sizes = Sizes.from_values([(1.0, 2.0), (), (4.0,)], most=3)
+    more = sizes.with_one_more(np.array([3.0, math.nan, 0.0]))
+    assert [more.of(place) for place in range(3)] == [(1.0, 2.0, 3.0), (), (4.0,)]
+    assert more.means()[[0, 2]].tolist() == [2.0, 4.0]
+    assert math.isnan(more.means()[1])
+    later = more.with_one_more(np.array([5.0, 6.0, 7.0]))
+    assert [later.of(place) for place in range(3)] == [(2.0, 3.0, 5.0), (6.0,), (4.0, 7.0)]

@@ -13,9 +13,10 @@ import torch
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.balance import BalanceWindow, Point
-from lightning_normdyn.monitor.expected_norms import Expectation
-from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
+from lightning_normdyn.monitor.expectations import Expectation
+from lightning_normdyn.monitor.ledger import Ledger, Row
 from lightning_normdyn.monitor.measured_balance import Balance
+from lightning_normdyn.monitor.norm_table import Norms
 from lightning_normdyn.monitor.predictions import Prediction
 from lightning_normdyn.monitor.pulls import End
 from lightning_normdyn.monitor.verdicts import Course
@@ -38,8 +39,7 @@ def filled() -> Ledger:
         values = {"weight_norm/a": 1.0 + step, "lr/a": 0.1}
         vectors = {"weight_norm/a": np.ones(3, dtype=np.float32)}
         ledger = ledger.with_row(Row(step, step + 1, values, ("rescale",), vectors))
-    course = Course()
-    course.add(3, Prediction(0.01, 500.0, 4, 1e-3))
+    course = Course(Prediction(0.01, 500.0, 4.0, 1e-3), 3, 3 / 500, [(3, 1e-3)])
     return replace(
         ledger,
         courses={"a": course},

@@ -35,6 +35,7 @@ from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.loggers import publish_alert, publish_outcome
 from lightning_normdyn.monitor.outcome import Outcome
 from lightning_normdyn.monitor.report.runs import load_run
+from lightning_normdyn.optimizers.step import HostCopy
 
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
 
@@ -768,15 +769,20 @@ def test_a_logger_prefix_is_kept_everywhere(tmp_path):
 
 
 def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
-    """However many weights, quantities, histograms and optimizers: counted on the tensors that
-    leave as Python numbers."""
+    """However many weights, quantities, histograms and optimizers: counted are copies to the host,
+    and tensors that leave as Python numbers without one."""
     leaving: list[tuple[int, ...]] = []
     real = torch.Tensor.tolist
+    real_copy = HostCopy.__init__
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
 
     def tolist(self: torch.Tensor) -> Any:
         leaving.append(tuple(self.shape))
         return real(self)
+
+    def copy(self: HostCopy, tensor: torch.Tensor) -> None:
+        leaving.append(tuple(tensor.shape))
+        real_copy(self, tensor)
 
     class Watch(Memory):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -786,6 +792,7 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
 
     counted: list[int] = []
     monkeypatch.setattr("torch.Tensor.tolist", tolist)
+    monkeypatch.setattr(HostCopy, "__init__", copy)
     fit(
         make(ManualNet),
         [AdaptiveWeightShrink(0.1), monitor],

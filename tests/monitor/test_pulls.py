@@ -19,7 +19,14 @@ from lightning_normdyn.engine.effect import (
     combine,
 )
 from lightning_normdyn.monitor.passed_steps import PassedSteps
-from lightning_normdyn.monitor.pulls import End, Strength, options_of, passed_between, strength_of
+from lightning_normdyn.monitor.pulls import (
+    End,
+    Strength,
+    Taken,
+    options_of,
+    passed_between,
+    strength_of,
+)
 
 ADAMW = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.01}
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 5e-3}
@@ -80,7 +87,8 @@ def schedule():
 def stretches(passed, since, strength, *, known=True):
     found = []
     for stretch in passed.since(since):
-        found.append((stretch, strength, stretch.settings[0]["lr"] if known else None))
+        lr = stretch.settings[0]["lr"] if known else None
+        found.append(Taken(stretch.first, stretch.last, strength, lr))
     return found
 
 
@@ -124,7 +132,7 @@ def test_neighbouring_rows_have_nothing_between_them(passed):
 def test_an_unknown_decay_leaves_the_rates_known(passed):
     ends = End(10, 0.1, 0.0), End(31, 0.1, 0.0)
     sums = passed_between(*ends, stretches(passed, 10, Strength(nan)))
-    assert isnan(sums.pull)
+    assert np.isnan(sums.pull).all()
     assert sums.lr == pytest.approx(schedule()[10:30].sum())
 
 

@@ -8,7 +8,8 @@ import pytest
 from histories import assert_same_history, filled_history
 
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.records import Contents, Row, ThinnedList, bundled
+from lightning_normdyn.monitor.records import Columns, Contents, Row, ThinnedList, bundled
+from lightning_normdyn.monitor.row_values import WeightKeys
 
 
 def test_a_row_tells_a_recorded_nan_from_a_gap_and_ends_before_later_columns():
@@ -32,15 +33,26 @@ def test_bundles_that_are_alike_share_one_layout():
 
 def test_a_fork_shares_arrays_and_meta_and_nothing_that_changes():
     contents = Contents(8, 1000)
-    contents.columns["a"] = 0
+    contents.columns = contents.columns.with_keys(["a"])
     contents.rows.append(0, "kind", "content")
     fork = contents.fork()
-    fork.columns["b"] = 1
+    fork.columns = fork.columns.with_keys(["b"])
     fork.rows.append(1, "kind", "content")
     assert contents.columns == {"a": 0}
     assert len(contents.rows.records) == 1
     assert fork.meta is contents.meta
     assert fork.vectors.capacity == 1000
+
+
+def test_columns_only_come_and_are_found_for_many_keys_at_once():
+    keys = WeightKeys(["x", "y"], ["a", "b"])
+    columns = Columns(["y/b", "x/a"])
+    assert columns.of(keys).tolist() == [[1, -1], [-1, 0]]
+    assert columns.with_keys(["x/a"]) is columns
+    more = columns.with_keys(["y/a", "x/a", "y/a"])
+    assert list(more) == ["y/b", "x/a", "y/a"]
+    assert more.of(keys).tolist() == [[1, -1], [2, 0]]
+    assert columns.of(keys).tolist() == [[1, -1], [-1, 0]]
 
 
 def test_a_shown_history_goes_on_with_the_one_it_shows():

@@ -37,15 +37,6 @@ def test_drops_of_the_learning_rate_are_marked_in_the_history(factor, marked, qu
     ]
 
 
-def test_only_a_jump_from_a_constant_rate_is_a_drop():
-    assert rows._has_dropped((0.1, 0.1), 0.01)
-    assert rows._has_dropped((0.1,), 0.05)
-    assert not rows._has_dropped((), 0.01)  # the first row of a run
-    assert not rows._has_dropped((0.1, 0.09), 0.01)  # a schedule that glides
-    assert not rows._has_dropped((0.1, 0.1), 0.09)
-    assert not rows._has_dropped((0.1, 0.1), 0.0)  # an end at 0 is no drop
-
-
 def test_what_compares_with_a_prediction_is_in_the_table():
     compared = rows._from_prediction(0.03, 0.02)
     assert compared == {"equilibrium_angular_update": 0.02, "equilibrium_ratio": pytest.approx(1.5)}

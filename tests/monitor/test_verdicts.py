@@ -11,16 +11,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from balances import after, sums_of
+from courses import predicted
 from models import fit
 from torch import Tensor
 from walk import SHAPE, Walk, batches, by_rates, noise, start
 
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.measured_balance import Balance, MatrixSums
-from lightning_normdyn.monitor.passed_steps import Stretch
+from lightning_normdyn.monitor.measured_balance import Balance
 from lightning_normdyn.monitor.predictions import Prediction
-from lightning_normdyn.monitor.pulls import Strength
+from lightning_normdyn.monitor.pulls import Strength, Taken
 from lightning_normdyn.monitor.verdicts import Course, Grounds, balance_of, judge, norm_has_settled
 from lightning_normdyn.theory.words import Balanced
 
@@ -44,7 +45,7 @@ def curves(
 def course(prediction: Prediction | None, steps: int = 100) -> Course:
     seen = Course()
     for step in range(1, steps + 1):
-        seen.add(step, prediction)
+        seen = predicted(seen, step, prediction)
     return seen
 
 
@@ -126,7 +127,9 @@ def test_a_norm_that_is_still_that_of_before_a_drop(alone: bool) -> None:
     dropped = Course()
     for step in range(1, 101):
         relaxation = 20.0 if step <= 60 else 200.0
-        dropped.add(step, Prediction(0.01, relaxation, 4, 1e-3 if step <= 60 else 1e-4))
+        dropped = predicted(
+            dropped, step, Prediction(0.01, relaxation, 4, 1e-3 if step <= 60 else 1e-4)
+        )
     falling = lambda i: 0.01 if i < 60 else 0.01 / sqrt(10)  # noqa: E731
     slower = lambda i: 0.01 if i < 60 else 0.001  # noqa: E731
     history = curves(STANDS, slower, falling, slower)
@@ -141,7 +144,7 @@ def test_a_norm_that_is_still_that_of_before_a_drop(alone: bool) -> None:
 def test_a_schedule_that_glides_is_no_drop() -> None:
     gliding = Course()
     for step in range(1, 101):
-        gliding.add(step, Prediction(0.01 * 0.9**step, 20.0, 4, 1e-4 * 0.81**step))
+        gliding = predicted(gliding, step, Prediction(0.01 * 0.9**step, 20.0, 4, 1e-4 * 0.81**step))
     history = curves(
         STANDS, lambda i: 0.005 * 0.9**i, lambda i: 0.01 * 0.9**i, lambda i: 0.005 * 0.9**i
     )
@@ -159,11 +162,11 @@ def measured(
     for i in range(rows):
         squared = exp(2 * growth * i)
         # A step at a right angle to the weight.
-        sums = MatrixSums(squared, squared, 0.0, squared * tan(angle) ** 2, 0.0)
+        sums = sums_of(squared, squared, 0.0, squared * tan(angle) ** 2)
         number = 1 + 10 * i
         strength = Strength(pull / 0.1)
-        between = [(Stretch(number - 9, number, []), strength, 0.1)]
-        balance = balance.after(number, sums, 0.1, strength, between if i else [], is_set=False)
+        between = [Taken(number - 9, number, strength, 0.1)]
+        balance = after(balance, number, sums, 0.1, strength, between if i else [])
     return balance
 
 
@@ -232,7 +235,7 @@ def verdicts_of_a_wandering_norm(trend: float) -> list[bool]:
                 "equilibrium_angular_update/w": 0.01,
             }
             history.append(10 * i, row, optimizer_step=10 * i + 1)
-            seen.add(10 * i + 1, Prediction(0.01, relaxation, 4, 1e-4))
+            seen = predicted(seen, 10 * i + 1, Prediction(0.01, relaxation, 4, 1e-4))
             if i >= 35:
                 said.append(norm_has_settled(history, "w", seen))
     return said
@@ -262,7 +265,7 @@ def test_what_was_before_a_drop_of_the_rate_does_not_count() -> None:
     seen, history = Course(), History()
     for i in range(100):
         prediction = Prediction(0.01, 10.0, 4, 1e-3 if i < 87 else 1e-4)
-        seen.add(i + 1, prediction)
+        seen = predicted(seen, i + 1, prediction)
         norm = 0.97 ** min(i, 87)
         history.append(
             i,
@@ -282,10 +285,10 @@ def test_too_few_rows() -> None:
 def test_e_foldings_add_up_over_a_schedule() -> None:
     seen = Course()
     for step in range(10, 101, 10):
-        seen.add(step, Prediction(0.01, 10.0 if step <= 50 else 100.0, 4, 1.0))
+        seen = predicted(seen, step, Prediction(0.01, 10.0 if step <= 50 else 100.0, 4, 1.0))
     assert seen.elapsed == pytest.approx(5 + 0.5)
     for step in range(1, 5000):
-        seen.add(100 + step, Prediction(0.01, 10.0, 4, 1.0 + step % 7))
+        seen = predicted(seen, 100 + step, Prediction(0.01, 10.0, 4, 1.0 + step % 7))
     assert len(seen.pulls) <= 513
 
 
