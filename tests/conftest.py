@@ -69,8 +69,7 @@ def pytest_collection_modifyitems(items):
         for item in slow:
             if item not in chosen:
                 item.add_marker(pytest.mark.rare)
-    # A test of many minutes begins first: one that begins last is waited for by idle workers.
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def families_of(items, name):

@@ -154,6 +154,7 @@ def test_a_replay_costs_at_its_end_what_it_cost_at_its_beginning(monkeypatch, tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.long
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc"
 )

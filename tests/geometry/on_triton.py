@@ -206,7 +206,8 @@ def test_projections_are_those_of_torch(name, dtype):
     moved = weight.clone(memory_format=torch.preserve_format)
     room = 4 * torch.finfo(dtype).eps * float(moved.abs().max())
     told = 1e-6 if dtype in (torch.float32, torch.float64) else 0.05
-    for active_or_all in (active, None):
+    # Which vectors take part is a matter of numbers per vector, and not of where they lie.
+    for active_or_all in (active, None) if name in TILES else (active,):
         changed, removed = [], []
         for kernels in (own, torch_kernels(vectors)):
             vectors._kernels = kernels
@@ -237,7 +238,7 @@ def true_angle(a: Tensor, b: Tensor) -> Tensor:
         "rows of 129",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ["conv channels_last", "columns", "rows of 9000", "layer of 21000"]
+            for name in ["conv channels_last", "columns", "rows of 8500", "layer of 9000"]
         ),
     ],
 )
@@ -353,7 +354,7 @@ def test_a_program_that_does_not_compile_leaves_everything_to_torch(monkeypatch)
 
 @pytest.mark.parametrize("combining", [(64, 16), (8, 128), (1, 1024)], ids=str)
 def test_slots_are_added_up_alike_however_many_there_are(combining):
-    name = "many rows of 5000"
+    name = "5 rows of 4400"
     weight = moved_to_device(LAYOUTS[name][0], torch.float32)
     kernels = vectors_of(weight, names=[name])._kernels
     tables = kernels._tables

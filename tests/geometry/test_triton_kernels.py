@@ -13,11 +13,14 @@ def test_one_layout_per_kind_of_tile():
     run_tests(FILE, "-m", "not slow")
 
 
+# Few processes: the start of one costs a fifth of the tests of a dtype.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64", "angles"])
-def test_all_layouts(dtype):
-    chosen = dtype if dtype == "angles" else f"torch.{dtype}"
-    run_tests(FILE, "-m", "slow", "-k", chosen)
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "tests", ["angles or torch.float32", "torch.bfloat16 or torch.float16", "torch.float64"]
+)
+def test_all_layouts(tests):
+    run_tests(FILE, "-m", "slow", "-k", tests)
 
 
 @pytest.mark.slow

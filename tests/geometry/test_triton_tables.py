@@ -80,7 +80,7 @@ def test_one_launch_per_dtype():
 
 
 def test_a_layer_takes_one_slot_per_program():
-    tables, _ = tables_of("layer of 21000")
+    tables, _ = tables_of("layer of 9000")
     assert tables.slots == sum(part.programs for part in tables.parts)
 
 
