@@ -1421,7 +1421,9 @@ def collectives(shapes: Shapes) -> str:
         ("FSDP2 (rows sharded)", True),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, shapes, sharded, free_port()), nprocs=2)
+            # Forked: each spawned rank would import torch and Lightning anew, for seconds.
+            arguments = (folder, shapes, sharded, free_port())
+            mp.start_processes(_rank, arguments, nprocs=2, start_method="fork")
             found = json.loads(Path(folder, "found.json").read_text())
         rows += [[name, layout, str(calls), str(size)] for name, (calls, size) in found.items()]
         idle = max(found[name][0] for name in ("WRS, idle", "monitor, idle"))
@@ -1436,7 +1438,7 @@ def collectives(shapes: Shapes) -> str:
 # ------------------------------------------------------------------------ logging through a Trainer
 
 
-def logged(steps: int) -> str:
+def logged(steps: int, layers: int) -> str:
     """Section: the same numbers through `log_metrics` in one call, through `self.log_dict`, and by
     wandb.watch, in a Trainer."""
     try:
@@ -1451,13 +1453,14 @@ def logged(steps: int) -> str:
         "wandb.watch(log='all', log_freq=1)",
     )
     times = {
-        name: logging_cost.measure(make(), logger, steps)
+        name: logging_cost.measure(make(), logger, steps, layers)
         for name, (make, logger) in logging_cost.VARIANTS.items()
         if name in names
     }
     floor = times[names[0]]
     rows = [[name, f"{ms:.1f}", f"{ms - floor:.1f}"] for name, ms in times.items()]
-    text = f"{len(logging_cost.NUMBERS)} numbers of {logging_cost.LAYERS} small layers at every step, from batch to batch.\n\n"
+    numbers = len(logging_cost.numbers_of(layers))
+    text = f"{numbers} numbers of {layers} small layers at every step, from batch to batch.\n\n"
     return text + table("", ["what", "ms per step", "added ms"], rows)
 
 
@@ -1569,7 +1572,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
             "many": ("Many small layers", lambda: many(rounds, "cpu", quick=True)),
             "start": ("Start and end of a fit", lambda: start_and_end(quick=True)),
             "collectives": ("Two ranks", lambda: collectives(small)),
-            "logged": ("In a Trainer", lambda: logged(12)),
+            "logged": ("In a Trainer", lambda: logged(12, 4)),
             "cuda": ("CUDA", lambda: on_cuda(rounds, quick=True)),
         }
     return {
@@ -1591,7 +1594,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
         "many": ("Many small layers", lambda: many(rounds, "cpu", quick=False)),
         "start": ("Start and end of a fit", lambda: start_and_end(quick=False)),
         "collectives": ("Two ranks", lambda: collectives(resnet50())),
-        "logged": ("In a Trainer, beside self.log_dict and wandb.watch", lambda: logged(20)),
+        "logged": ("In a Trainer, beside self.log_dict and wandb.watch", lambda: logged(20, 54)),
         "cuda": ("CUDA", lambda: on_cuda(rounds, quick=False)),
     }
 

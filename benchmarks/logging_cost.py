@@ -1,7 +1,7 @@
 """What it costs to log 8 quantities of 54 layers at every step, beside `self.log_dict` and beside
 `wandb.watch`.
 
-    python benchmarks/logging_cost.py [--steps 40] [--rounds 2] [--out logging_cost.md]
+    python benchmarks/logging_cost.py [--steps 40] [--rounds 2] [--layers 54] [--out logging_cost.md]
 
 Prints a Markdown table. The floor is the same training without any logging, measured in the same
 run; W&B is offline throughout.
@@ -32,25 +32,28 @@ from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.monitor.loggers import publish_row
 from lightning_normdyn.monitor.quantities import monitored
 
-LAYERS = 54
 QUANTITIES = [
     quantity.name
     for quantity in monitored()
     if quantity.measured == "always" and not quantity.drawn_with
 ]
-NUMBERS = {f"{quantity}/layer{i}.weight": 0.1 for quantity in QUANTITIES for i in range(LAYERS)}
+
+
+def numbers_of(layers: int) -> dict[str, float]:
+    """Ready-made, under the keys that the monitor logs."""
+    return {f"{quantity}/layer{i}.weight": 0.1 for quantity in QUANTITIES for i in range(layers)}
 
 
 class Deep(L.LightningModule):
-    """54 small convolutions, each in front of BatchNorm."""
+    """Small convolutions, each in front of BatchNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         blocks = [
             nn.Sequential(
                 nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
             )
-            for _ in range(LAYERS)
+            for _ in range(layers)
         ]
         self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -85,8 +88,12 @@ class LogDict(L.Callback):
     """As many ready-made numbers through Lightning's own `log_dict`, which is what a callback
     without `log_metrics` does."""
 
+    def on_fit_start(self, trainer: Any, module: L.LightningModule) -> None:
+        convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+        self.numbers = numbers_of(len(convolutions))
+
     def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *args: Any) -> None:
-        module.log_dict(NUMBERS, on_step=True, on_epoch=False)
+        module.log_dict(self.numbers, on_step=True, on_epoch=False)
 
 
 class Watch(L.Callback):
@@ -129,7 +136,10 @@ LOGGERS = {"W&B": wandb_logger, "CSV": csv_logger, "TensorBoard": tensorboard_lo
 
 
 def measure(
-    callbacks: list[L.Callback], make_logger: Callable[[Path], Logger] | None, steps: int
+    callbacks: list[L.Callback],
+    make_logger: Callable[[Path], Logger] | None,
+    steps: int,
+    layers: int,
 ) -> float:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 16, 8, 8), torch.randint(0, 16, (64,)))
@@ -146,19 +156,21 @@ def measure(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(Deep(), DataLoader(data, batch_size=16))
+        trainer.fit(Deep(layers), DataLoader(data, batch_size=16))
         wandb.finish()
     return watch.milliseconds
 
 
-def inside(make_logger: Callable[[Path], Logger], calls: int = 40) -> float:
+def inside(
+    make_logger: Callable[[Path], Logger], numbers: dict[str, float], calls: int = 40
+) -> float:
     """The publishing call alone, with ready-made numbers."""
     seconds = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         logger = make_logger(Path(folder))
         for step in range(calls):
             start = time.perf_counter()
-            publish_row([logger], NUMBERS, {}, step)
+            publish_row([logger], numbers, {}, step)
             seconds.append(time.perf_counter() - start)
         logger.finalize("success")
         wandb.finish()
@@ -169,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40, help="steps per variant and round")
     parser.add_argument("--rounds", type=int, default=2, help="how often to measure all variants")
+    parser.add_argument("--layers", type=int, default=54, help="convolutions of the network")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     os.environ.setdefault(
@@ -178,10 +191,13 @@ def main() -> None:
     torch.set_num_threads(1)
     # Rounds, not one variant after the other: what else the machine does then disturbs all of them
     # alike.
-    rounds = [
-        {name: measure(make(), logger, args.steps) for name, (make, logger) in VARIANTS.items()}
-        for _ in range(args.rounds)
-    ]
+    rounds = []
+    for _ in range(args.rounds):
+        measured = {}
+        for name, (make, logger) in VARIANTS.items():
+            measured[name] = measure(make(), logger, args.steps, args.layers)
+        rounds.append(measured)
+    numbers = numbers_of(args.layers)
     times = {name: min(each[name] for each in rounds) for name in VARIANTS}
     floor = times["no logging (floor)"]
     lines = [
@@ -189,7 +205,7 @@ def main() -> None:
         "",
         "`python benchmarks/logging_cost.py --out benchmarks/logging_cost.md`",
         "",
-        f"{len(QUANTITIES)} quantities of {LAYERS} layers at every step: {len(NUMBERS)} numbers, "
+        f"{len(QUANTITIES)} quantities of {args.layers} layers at every step: {len(numbers)} numbers, "
         f"one transfer, one call per logger.",
         f"Lower quartile of {args.steps} steps, best of {args.rounds} rounds; one CPU thread, "
         f"torch {torch.__version__}, "
@@ -204,7 +220,7 @@ def main() -> None:
         "",
         "| the call to the logger alone | ms |",
         "| --- | --- |",
-        *(f"| {name} | {inside(logger):.2f} |" for name, logger in LOGGERS.items()),
+        *(f"| {name} | {inside(logger, numbers):.2f} |" for name, logger in LOGGERS.items()),
     ]
     table = "\n".join(lines)
     print(table)

@@ -54,7 +54,10 @@ def pytest_collection_modifyitems(items):
     """A fault shows in most members of a kind, so a few of them are enough for the quick suite: of
     a test that is marked ``sampled``, all but a sample are slow. And it shows under most
     neighbours of the two values that it needs, so of a test that is marked ``pairwise`` what the
-    slow suite need not run is ``rare``."""
+    slow suite need not run is ``rare``.
+
+    With ``NORMDYN_TEST_MEMBERS=2`` two parametrizations of each test are enough, and the rest is
+    rare."""
     for (_, *numbers), family in families_of(items, "sampled").items():
         # What `make test` leaves out anyway would be no sample of it.
         candidates = [item for item in family if not is_left_out(item)]
@@ -69,18 +72,35 @@ def pytest_collection_modifyitems(items):
         for item in slow:
             if item not in chosen:
                 item.add_marker(pytest.mark.rare)
+    members = os.environ.get("NORMDYN_TEST_MEMBERS")
+    if members is not None:
+        for family in parametrizations(items).values():
+            candidates = [item for item in family if not is_left_out(item)]
+            chosen = spread(candidates, int(members))
+            for item in candidates:
+                if item not in chosen:
+                    item.add_marker(pytest.mark.rare)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def parametrizations(items):
+    """The parametrizations of each test, by the test."""
+    families = {}
+    for item in items:
+        if hasattr(item, "callspec"):
+            test, _, _ = item.nodeid.partition("[")
+            families.setdefault(test, []).append(item)
+    return families
 
 
 def families_of(items, name):
     """The parametrizations of each test with the mark ``name``, by the test and the mark's
     arguments."""
     families = {}
-    for item in items:
-        mark = item.get_closest_marker(name)
+    for test, family in parametrizations(items).items():
+        mark = family[0].get_closest_marker(name)
         if mark is not None:
-            test, _, _ = item.nodeid.partition("[")
-            families.setdefault((test, *mark.args), []).append(item)
+            families[(test, *mark.args)] = family
     return families
 
 

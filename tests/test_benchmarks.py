@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forked import run_script
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -19,10 +20,13 @@ pytestmark = pytest.mark.slow
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
-def output_of(script: str, *arguments: str, folder: Path) -> str:
-    """What a script prints, in a process of its own: it patches classes to time them."""
+def output_of(script: str, *arguments: str, folder: Path, fork: bool = False) -> str:
+    """What a script prints, in a process of its own or a fork of this one: it patches classes to
+    time them."""
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(FOLDER.parent)
+    if fork:
+        return run_script([str(FOLDER / script), *arguments], folder, environment)
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), *arguments],
         cwd=folder,
@@ -45,9 +49,9 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return rows
 
 
-def section(name: str, folder: Path) -> dict[str, list[str]]:
-    text = output_of("cost.py", "--quick", "--threads", "1", "--only", name, folder=folder)
-    return rows_of(text)
+def section(name: str, folder: Path, fork: bool = True) -> dict[str, list[str]]:
+    arguments = ("--quick", "--threads", "1", "--only", name)
+    return rows_of(output_of("cost.py", *arguments, folder=folder, fork=fork))
 
 
 def test_small_shapes_with_every_callback(tmp_path):
@@ -82,7 +86,7 @@ def test_small_shapes_with_every_callback(tmp_path):
 
 
 def test_projections_beside_peers_alone_in_a_process(tmp_path):
-    rows = section("alone", tmp_path)
+    rows = section("alone", tmp_path, fork=False)
     assert int(rows["RadialProjection on SGD"][1]) > int(rows["SGD fused"][1])
     assert int(rows["RadialProjection on AdamW"][1]) > int(rows["AdamW fused"][1])
 
@@ -124,7 +128,7 @@ def test_a_whole_fit_of_many_layers(tmp_path):
 
 def test_what_two_ranks_send(tmp_path):
     text = output_of(
-        "cost.py", "--quick", "--threads", "1", "--only", "collectives", folder=tmp_path
+        "cost.py", "--quick", "--threads", "1", "--only", "collectives", folder=tmp_path, fork=True
     )
     lines = [line for line in text.splitlines() if line.startswith("| monitor, logging")]
     whole, sharded = lines
@@ -138,14 +142,15 @@ def test_what_two_ranks_send(tmp_path):
 
 @needs_wandb
 def test_logging_in_a_trainer(tmp_path):
-    rows = section("logged", tmp_path)
+    # A fork would share the connection of this process to W&B.
+    rows = section("logged", tmp_path, fork=False)
     # What is more than what depends on the machine, so only that both were measured.
     assert float(rows["no logging (floor)"][0]) > 0
     assert float(rows["NormDynamicsMonitor, CSV"][0]) > 0
 
 
 def test_cuda(tmp_path):
-    text = output_of("cost.py", "--quick", "--only", "cuda", folder=tmp_path)
+    text = output_of("cost.py", "--quick", "--only", "cuda", folder=tmp_path, fork=True)
     assert "## CUDA" in text
     assert "not run: no CUDA device" in text or "| 16-mixed, fused, skipped steps" in text
 
@@ -153,7 +158,7 @@ def test_cuda(tmp_path):
 @needs_wandb
 def test_logging_cost(tmp_path):
     written = tmp_path / "logging_cost.md"
-    arguments = ("--steps", "14", "--rounds", "1", "--out", str(written))
+    arguments = ("--steps", "12", "--rounds", "1", "--layers", "4", "--out", str(written))
     text = output_of("logging_cost.py", *arguments, folder=tmp_path)
     assert written.read_text().strip() == text.strip()
     rows = rows_of(text)
@@ -164,7 +169,7 @@ def test_logging_cost(tmp_path):
 
 def test_scale_invariance(tmp_path):
     written = tmp_path / "scale_invariance.md"
-    text = output_of("scale_invariance.py", "--out", str(written), folder=tmp_path)
+    text = output_of("scale_invariance.py", "--out", str(written), folder=tmp_path, fork=True)
     assert written.read_text().strip() == text.strip()
     precision, missed, false_hits = rows_of(text)["graph (this package)"]
     assert precision == "float64"
@@ -174,7 +179,8 @@ def test_scale_invariance(tmp_path):
 
 def test_readme_s_picture(tmp_path):
     """What it shows: too slow after a drop by about the root of its factor, and not if rescaled."""
-    printed = output_of("lr_drop_picture.py", "--out", str(tmp_path / "drop.png"), folder=tmp_path)
+    picture = tmp_path / "drop.png"
+    printed = output_of("lr_drop_picture.py", "--out", str(picture), folder=tmp_path, fork=True)
     plain, rescaled = (
         [float(number) for number in re.search(r"turn ([\d.]+) to ([\d.]+) times", line).groups()]
         for line in printed.splitlines()
@@ -183,7 +189,7 @@ def test_readme_s_picture(tmp_path):
     assert max(plain) < 0.4
     assert min(rescaled) > 0.5
     assert max(rescaled) < 1.5
-    assert (tmp_path / "drop.png").read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_imports_are_cheap_and_bring_nothing_heavy(tmp_path):
