@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import strategies
 import torch
 from lightning.pytorch import Callback
 from models import Net, fit_batches
+from ranks import run_ranks
+from strategies import STRATEGIES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,12 +104,17 @@ class Program:
 
 METHODS = (
     "sums", "products", "scale_", "add_scaled_", "scale_and_add_", "stretch_", "decay_shortened_",
-    "add_up",
+    "add_up", "put_back",
 )  # fmt: skip
 
 
 @pytest.fixture
 def counted(monkeypatch) -> Counted:
+    return counting(monkeypatch)
+
+
+def counting(monkeypatch) -> Counted:
+    """A fit in this process is counted from now on."""
     counted = Counted()
     monkeypatch.setattr(kernel_choice, "choose", lambda *_: KernelPath("triton", "counted"))
     monkeypatch.setattr(triton_kernels, "programs", lambda: counted)
@@ -149,8 +157,21 @@ def counted(monkeypatch) -> Counted:
         of_taken(kernels, formula, taken, arguments, [])
         rows = ()
         if taken is not None:
-            rows = true_sums.get(taken.values.data_ptr(), taken.values).unbind()
+            rows = counted.uncounted(complete, taken).unbind()
         return worked_out(formula, rows, arguments, into)
+
+    def complete(taken):
+        rows = true_sums.get(taken.values.data_ptr(), taken.values)
+        if taken.completed is None:
+            return rows
+        message = taken.completed[:, taken.place.clamp(min=0)]
+        return torch.where(taken.place >= 0, message, rows)
+
+    combined_over = TritonKernels.combined_over
+
+    def true_message(kernels, slots, runs):
+        combined_over(kernels, slots, runs)
+        return counted.uncounted(runs.add_up, true_sums[slots.data_ptr()])
 
     def true_totals(kernels, formula, slots, arguments, starts):
         totals(kernels, formula, slots, arguments, starts)
@@ -166,6 +187,7 @@ def counted(monkeypatch) -> Counted:
     monkeypatch.setattr(formulas, "_from_slots", from_slots)
     monkeypatch.setattr(formulas, "_of_taken", of_taken_sums)
     monkeypatch.setattr(TritonKernels, "totals", true_totals)
+    monkeypatch.setattr(TritonKernels, "combined_over", true_message)
     # As on a GPU, where a loop over weights would be a kernel for each.
     monkeypatch.setattr(
         Reduction, "per_weight", lambda self, values: self._add_up(values, self._all_runs)
@@ -235,8 +257,16 @@ def launches(counted: Counted, callback, optimizer, number: int, dtype=torch.flo
     falls = [Drop()] if isinstance(callback, LRDropRescaling) else []
     batch = torch.randn(4, 8, dtype=dtype), torch.tensor([0, 1, 0, 1])
     fit_batches(module, [callback, *falls], [batch] * 20)
-    # Where nothing was sent in some steps, the last one sent is of the end of the fit.
-    return sum(sum(steps[18].values()) for steps in counted.by_phase.values() if len(steps) > 18)
+    return of_step(counted)
+
+
+def of_step(counted: Counted) -> int:
+    """Launches of the 19th step, without collectives."""
+    total: Counter[str] = Counter()
+    for steps in counted.by_phase.values():
+        # Where nothing was sent in some steps, the last one sent is of the end of the fit.
+        total.update(steps[18] if len(steps) > 18 else {})
+    return sum(total.values()) - total["allreduce_"]
 
 
 # Sums, a formula, a write.
@@ -279,3 +309,44 @@ def test_launches_do_not_depend_on_the_number_of_weights(counted, case, number):
 @pytest.mark.slow
 def test_weights_of_16_bits_shrink_in_as_many_launches_whatever_their_number(counted):
     assert launches(counted, AdaptiveWeightShrink(0.01), sgd, 4, torch.bfloat16) <= 10
+
+
+# What is added to `BUDGETS` where vectors lie on several ranks in pieces: for each collective the
+# message, and where a sum is taken by itself what is read from it.
+SHARDS = {
+    "FSDP2": {
+        "aws": 1, "wrs": 1, "brake": 1, "rotation": 1, "projection, told by a copy": 1,
+        "projection-cosine": 2, "monitor": 4,
+    },
+    # Some weights are cut and others lie on one rank: torch summarizes both for the gate.
+    "TP": {"aws": 1, "projection-cosine": 42, "monitor": 4},
+    "FSDP1 FULL_SHARD, one unit": {"aws": 1, "rotation": 1, "monitor": 4},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDS)
+def test_launches_under_shards(name):
+    """Two ranks; both launch the same."""
+
+    def count_all() -> dict[str, int]:
+        found = {}
+        with pytest.MonkeyPatch.context() as patches:
+            counted = counting(patches)
+            for case in SHARDS[name]:
+                callback, optimizer, _ = BUDGETS[case]
+                counted.by_phase.clear()
+                strategies.fit(
+                    STRATEGIES[name],
+                    lambda callback=callback: [callback()],
+                    dtype=torch.float32,
+                    optimizer=lambda module, make=optimizer: make(module.parameters()),
+                    steps=20,
+                )
+                found[case] = of_step(counted)
+        return found
+
+    by_rank = run_ranks(count_all)
+    for found in by_rank.values():
+        for case, launched in found.items():
+            assert launched <= BUDGETS[case][2] + SHARDS[name][case], (case, found)

@@ -6,6 +6,7 @@ Letters: n vectors, K sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,7 +18,8 @@ from . import passes
 from .fusion import Formula, Number
 from .kernels import Kernels
 from .passes import Operand, Pass
-from .triton_kernels import TritonKernels, radial_of_step
+from .reduction import all_reduce
+from .triton_kernels import TritonKernels, of_completed, radial_of_step
 from .triton_tables import Unfit
 from .vectors import WeightVectors
 
@@ -87,10 +89,15 @@ class Taken:
     Args:
         values: ``(K, n)``; or ``(K, S)``, still to be added up from the slots of each vector.
         from_slots: which of the two.
+        completed: ``(K, size)``, the sums of vectors that lie on several ranks, in the place that
+            ``place`` says; None: there are none, or they are in ``values``.
+        place: int64 ``(n,)``; -1: in ``values``.
     """
 
     values: Tensor
     from_slots: bool
+    completed: Tensor | None = None
+    place: Tensor | None = None
 
 
 def fuses_formulas(vectors: WeightVectors) -> bool:
@@ -125,25 +132,19 @@ def work_out(
     """
     kernels = vectors._kernels
     if isinstance(kernels, TritonKernels):
-        try:
-            if not isinstance(sums, Sums):
-                return _of_taken(kernels, formula, sums, arguments, into)
-            if not vectors.cut:
+        # Parts of vectors are added up over ranks first. Before anything can fail: a rank that
+        # takes part in a collective twice would wait for ever.
+        if isinstance(sums, Sums) and vectors.cut:
+            sums = _over_ranks(vectors, sums)
+        with suppress(Unfit):
+            if isinstance(sums, Sums):
                 return _from_slots(kernels, formula, sums, arguments, into)
-        except Unfit:
-            pass
+            return _of_taken(kernels, formula, sums, arguments, into)
     if isinstance(sums, Sums):
-        # Parts of vectors are added up over ranks. Before anything can fail: a rank that takes part
-        # in a collective twice would wait for ever.
         sums = Taken(vectors.sum_(sums.take(kernels)), from_slots=False)
-        if isinstance(kernels, TritonKernels) and vectors.cut:
-            try:
-                return _of_taken(kernels, formula, sums, arguments, into)
-            except Unfit:
-                pass
     rows: Sequence[Tensor] = ()
     if sums is not None:
-        rows = _complete(kernels, sums).unbind()
+        rows = _complete(vectors, sums).unbind()
     plain = [each.value if isinstance(each, Number) else each for each in arguments]
     results = formula(*rows, *plain)
     for destination, result in zip(into, results, strict=False):
@@ -170,21 +171,20 @@ def take_with_totals(
     Returns:
         The sums, and ``(J, weights)``.
     """
-    kernels = vectors._kernels
-    if isinstance(kernels, TritonKernels) and not vectors.cut:
-        try:
-            slots = _slots_of(kernels, sums)
-            numbers = [vectors.length, *constants]
-            if vectors.spoken is not None:
-                formula, numbers = _of_spoken(formula), [*numbers, vectors.spoken]
-            totals = kernels.totals(formula, slots, numbers, vectors.starts)
-            return Taken(slots, from_slots=True), vectors.over_ranks(totals)
-        except Unfit:
-            pass
 
     def summarize(rows: Tensor, length: Tensor) -> Tensor:
         return torch.stack(formula(*rows, length, *constants))
 
+    kernels = vectors._kernels
+    # Elsewhere vectors are summarized before they are complete and after, in one message.
+    is_simple = vectors.everywhere or not vectors.cut
+    if isinstance(kernels, TritonKernels) and is_simple:
+        taken = _taken(vectors, sums)
+        try:
+            return taken, vectors.over_ranks(_totals(vectors, formula, taken, constants))
+        except Unfit:
+            totals = vectors.totals(summarize(_complete(vectors, taken), vectors.length))
+            return taken, totals
     packed = sums.take(kernels)
     totals = vectors.complete_with_totals(packed, summarize)
     return Taken(packed, from_slots=False), totals
@@ -223,14 +223,59 @@ def _of_taken(
 ) -> tuple[Tensor, ...]:
     if taken is None:
         return kernels.rule(formula, None, arguments, into, from_slots=False)
+    if taken.completed is not None:
+        arguments = [taken.place, *taken.completed.unbind(), *arguments]
+        formula = of_completed(formula, len(taken.completed))
     return kernels.rule(formula, taken.values, arguments, into, from_slots=taken.from_slots)
 
 
-def _complete(kernels: Kernels, taken: Taken) -> Tensor:
+def _taken(vectors: WeightVectors, sums: Sums) -> Taken:
+    """Sums, completed over ranks, by programs if they can take them."""
+    kernels = vectors._kernels
+    if isinstance(kernels, TritonKernels) and not vectors.cut:
+        with suppress(Unfit):
+            return Taken(_slots_of(kernels, sums), from_slots=True)
+    return _over_ranks(vectors, sums)
+
+
+def _totals(
+    vectors: WeightVectors, formula: Formula, taken: Taken, constants: Sequence[Any]
+) -> Tensor:
+    kernels = vectors._kernels
+    if not taken.from_slots or not isinstance(kernels, TritonKernels):
+        raise Unfit("sums are complete already")
+    numbers = [vectors.length, *constants]
+    if vectors.spoken is not None:
+        formula, numbers = _of_spoken(formula), [*numbers, vectors.spoken]
+    if taken.completed is not None:
+        numbers = [taken.place, *taken.completed.unbind(), *numbers]
+        formula = of_completed(formula, len(taken.completed))
+    return kernels.totals(formula, taken.values, numbers, vectors.starts)
+
+
+def _over_ranks(vectors: WeightVectors, sums: Sums) -> Taken:
+    """Sums of vectors of which parts lie on several ranks."""
+    kernels = vectors._kernels
+    if isinstance(kernels, TritonKernels) and vectors.cut and not sums.rates:
+        # Every rank sends a message of the same form, whichever kernels it has for its part.
+        with suppress(Unfit):
+            slots = _slots_of(kernels, sums)
+            message = vectors.message
+            parts = kernels.combined_over(slots, message.parts)
+            completed = all_reduce(parts, message.group)
+            return Taken(slots, True, completed, message.place)
+    return Taken(vectors.sum_(sums.take(kernels)), from_slots=False)
+
+
+def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:
     """The sums of each vector, ``(K, n)``."""
+    kernels = vectors._kernels
+    values = taken.values
     if taken.from_slots and isinstance(kernels, TritonKernels):
-        return kernels.combined(taken.values)
-    return taken.values
+        values = kernels.combined(values)
+    if taken.completed is not None:
+        vectors.put_back(values, taken.completed, vectors.message)
+    return values
 
 
 @cache

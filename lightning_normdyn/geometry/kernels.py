@@ -291,6 +291,20 @@ class Kernels:
         """Sum ``(..., n)`` values over vectors of each weight: ``(..., weights)``."""
         return runs.add_up(values)
 
+    def put_back(
+        self, packed: Tensor, completed: Tensor, place: Tensor, cut: Tensor, slot: Tensor
+    ) -> None:
+        """Write ``(..., size)`` sums to those of the vectors that they are of, ``(..., n)``.
+
+        Args:
+            packed: what to write to.
+            completed: what to write.
+            place: int64 ``(n,)``: where each vector has its sums, -1: nowhere.
+            cut: the vectors that have some.
+            slot: where these have them.
+        """
+        packed[..., cut] = completed[..., slot]
+
     # ---- Changes, in place ----
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:

@@ -82,15 +82,16 @@ Summarize = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class _Buffer:
-    """The cut vectors that are completed together.
+class Message:
+    """The cut vectors that are completed together, over ranks.
 
     Args:
         group: over which ranks; None: all.
         size: number of vectors in the buffer, the same on all these ranks.
         cut: local vectors that it holds, ``(c,)``, and ``slot``: where.
-        adds: whether this rank adds its piece (``(c,)`` bool), or a copy of it does so on another
-            rank.
+        place: int64 ``(n,)``: where every local vector is, -1 where it is not.
+        parts: what this rank adds: its piece of each vector, unless a copy of it does so on another
+            rank. The buffer's vectors stand in the place of weights.
         weight_of: the weight of every vector of the buffer, ``(size,)``.
         length: its number of entries, ``(size,)``.
         others: local vectors that are not cut and that this rank speaks for.
@@ -100,21 +101,11 @@ class _Buffer:
     size: int
     cut: Tensor
     slot: Tensor
-    adds: Tensor
+    place: Tensor
+    parts: Runs
     weight_of: Tensor
     length: Tensor
     others: Runs
-
-    def fill(
-        self,
-        packed: Tensor,
-    ) -> Tensor:
-        """This rank's parts of the cut vectors, each in its slot: ``(..., size)``."""
-        parts = packed[..., self.cut]
-        out = packed.new_zeros(*packed.shape[:-1], self.size)
-        # A copy that does not add writes zeros, but not by a product: 0 * NaN is NaN.
-        out[..., self.slot] = torch.where(self.adds, parts, torch.zeros_like(parts))
-        return out
 
 
 class Reduction:
@@ -210,7 +201,7 @@ class Reduction:
         return weights.repeat_interleave(repeats).to(self.device)
 
     @cached_property
-    def _near(self) -> _Buffer:
+    def _near(self) -> Message:
         """The buffer of the only group that shares cut vectors; `_far` if there is no such one."""
         groups = groups_of(self._sharings)
         if len(groups) != 1 or None in groups:
@@ -222,7 +213,7 @@ class Reduction:
         )
 
     @cached_property
-    def _far(self) -> _Buffer:
+    def _far(self) -> Message:
         """The buffer of all ranks, which all cut vectors fit into."""
         # All ranks together hold replicas as well, of which only the first adds.
         adds = [s.first_copy for s in self._sharings]
@@ -233,7 +224,7 @@ class Reduction:
         chosen: list[Tensor],
         group: Any,
         adds: list[bool],
-    ) -> _Buffer:
+    ) -> Message:
         # Slots are numbered over all vectors of all ranks, so that every rank means the same one.
         slots, size = [], 0
         for mask in chosen:
@@ -242,15 +233,17 @@ class Reduction:
         slot = self._held_of(slots)
         cut = (slot >= 0).nonzero().flatten()
         adds_of_held = torch.tensor(adds, dtype=torch.bool, device="cpu")[self.weight_of.cpu()]
+        added = cut[adds_of_held[cut]]
         lengths = [length[mask] for length, mask in zip(self._lengths, chosen, strict=True)]
         speaks = self._speaks.cpu()
         others = speaks[slot[speaks] < 0].to(self.device)
-        return _Buffer(
+        return Message(
             group=group,
             size=size,
             cut=cut.to(self.device),
             slot=slot[cut].to(self.device),
-            adds=adds_of_held[cut].to(self.device),
+            place=slot.to(self.device),
+            parts=Runs(added.to(self.device), slot[added].to(self.device), size),
             weight_of=self._weights_repeated([int(mask.sum()) for mask in chosen]),
             length=torch.cat(lengths).to(self.device),
             others=Runs(others, self.weight_of[others], len(self._sizes)),
@@ -263,9 +256,18 @@ class Reduction:
         """Complete ``(..., n)`` sums of the vectors held here, in place."""
         if self.cut:
             buffer = self._near
-            completed = all_reduce(buffer.fill(packed), buffer.group)
-            packed[..., buffer.cut] = completed[..., buffer.slot]
+            completed = all_reduce(self._add_up(packed, buffer.parts), buffer.group)
+            self.put_back(packed, completed, buffer)
         return packed
+
+    @property
+    def message(self) -> Message:
+        """What `sum_` sends."""
+        return self._near
+
+    def put_back(self, packed: Tensor, completed: Tensor, buffer: Message) -> None:
+        """Write completed sums, ``(..., size)``, to their vectors."""
+        packed[..., buffer.cut] = completed[..., buffer.slot]
 
     def complete_with_totals(self, packed: Tensor, summarize: Summarize) -> Tensor:
         """Complete this rank's ``(K, n)`` sums in place and return `totals` of what ``summarize``
@@ -279,13 +281,13 @@ class Reduction:
         # Whole vectors are summarized before the collective. The sums of all cut vectors go with
         # them, and every rank summarizes those.
         buffer = self._far
-        parts = buffer.fill(packed)
+        parts = self._add_up(packed, buffer.parts)
         totals = self._add_up(summarize(packed, self.length), buffer.others)
         # Side by side in one message: a second collective would cost its latency again.
         both = all_reduce(torch.cat([parts.flatten(), totals.flatten()]), None)
         sums = both[: parts.numel()].view_as(parts)
         totals = both[parts.numel() :].view_as(totals)
-        packed[..., buffer.cut] = sums[..., buffer.slot]
+        self.put_back(packed, sums, buffer)
         return totals.index_add_(-1, buffer.weight_of, summarize(sums, buffer.length))
 
     def per_weight(

@@ -90,6 +90,7 @@ class TritonKernels(Kernels):
     def __init__(self, index: Any, values: Sequence[Tensor], hidden: Any, device: Any) -> None:
         super().__init__(index, values, hidden, device)
         self._values = list(values)
+        self._slots_of_runs: dict[int, tuple[Runs, Tensor, Tensor]] = {}
 
     # ---- Sums ----
 
@@ -219,6 +220,36 @@ class TritonKernels(Kernels):
             given = (slots, tables.slots, tables.first, tables.order, tables.n, out)
             self._launch(programs().combine, [(grid, given, (False, *tables.combining))])
         return out
+
+    def combined_over(self, slots: Tensor, runs: Runs) -> Tensor:
+        """The sums of several vectors together, ``(K, weights)`` of ``runs``, from slots."""
+        known = self._slots_of_runs.get(id(runs))
+        if known is None:
+            # Held with them: another object might get the same id.
+            known = self._slots_of_runs[id(runs)] = runs, *self._tables.slots_of(runs)
+        _, first, order = known
+        out = torch.empty(len(slots), runs.weights, dtype=torch.float64, device=self._device)
+        if runs.weights:
+            sizes = self._tables.combining
+            grid = (-(-runs.weights // sizes[0]), len(slots))
+            given = (slots, self._tables.slots, first, order, runs.weights, out)
+            self._launch(programs().combine, [(grid, given, (False, *sizes))])
+        return out
+
+    def put_back(
+        self, packed: Tensor, completed: Tensor, place: Tensor, cut: Tensor, slot: Tensor
+    ) -> None:
+        """See `Kernels.put_back`."""
+        try:
+            if packed.dtype != torch.float64 or not packed.is_contiguous():
+                raise Unfit("a program completes float64 alone")
+            rows = packed.view(-1, packed.shape[-1])
+            sums = completed.view(len(rows), -1)
+            formula = of_completed(_as_they_are, len(rows))
+            numbers = place, *sums.unbind()
+            self.rule(formula, rows, numbers, rows.unbind(), from_slots=False)
+        except Unfit:
+            super().put_back(packed, completed, place, cut, slot)
 
     def add_up(self, values: Tensor, runs: Runs) -> Tensor:
         """See `Kernels.add_up`."""
@@ -515,6 +546,26 @@ def radial_of_step(vv: Tensor, vd: Tensor, dd: Tensor, length: Any) -> tuple[Ten
     w = v - length * direction put in."""
     along = vd - length * dd
     return vv - length * (vd + along), length * along, dd
+
+
+@cache
+def of_completed(formula: Formula, sums: int) -> Formula:
+    """The same formula where vectors on several ranks have their sums from a message."""
+
+    def from_message(*numbers: Any) -> tuple[Tensor, ...]:
+        own, place = numbers[:sums], numbers[sums]
+        completed = numbers[sums + 1 : 2 * sums + 1]
+        is_there, where = place >= 0, place.clamp(min=0)
+        rows = []
+        for mine, of_all in zip(own, completed, strict=True):
+            rows.append(torch.where(is_there, of_all[where], mine))
+        return formula(*rows, *numbers[2 * sums + 1 :])
+
+    return from_message
+
+
+def _as_they_are(*rows: Tensor) -> tuple[Tensor, ...]:
+    return rows
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .kernels import RowIndex
 from .passes import Operand
+from .pieces import Runs
 
 Array = np.ndarray[Any, Any]
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -160,6 +161,17 @@ class RowTables:
         # Most vectors have one slot; then a program has room for more of them.
         self.totalling = (1024, 1) if longest <= 1 else combining
         return self._send(order, torch.int32), self._send(first, torch.int32), combining
+
+    def slots_of(self, runs: Runs) -> tuple[Tensor, Tensor]:
+        """The slots of several vectors together, as `first` and `order` have those of each."""
+        vectors = runs.order.cpu().numpy().astype(np.int64)
+        begins = self.first.cpu().numpy().astype(np.int64)
+        counts = begins[vectors + 1] - begins[vectors]
+        ends = np.concatenate([[0], counts.cumsum()])
+        # Where each vector's slots stand in `order`, one vector after the other.
+        places = np.repeat(begins[vectors] - ends[:-1], counts) + np.arange(ends[-1])
+        first = ends[runs.first.cpu().numpy()]
+        return self._send(first, torch.int32), self.order[torch.from_numpy(places).to(self.device)]
 
     def _send(self, values: Array, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device="cpu").to(self.device)

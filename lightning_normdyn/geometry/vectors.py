@@ -25,7 +25,7 @@ from .partition import Partition
 from .passes import Operand, Pair, Pass
 from .pieces import Runs, itself
 from .placement import hidden_entries, is_plain, place_all, version_of
-from .reduction import Reduction, Summarize
+from .reduction import Message, Reduction, Summarize
 
 # Asked of every weight in every step, so without a Python frame for each.
 _GRADIENT = attrgetter("grad")
@@ -340,6 +340,11 @@ class WeightVectors(Reduction):
 
     def _add_up(self, values: Tensor, runs: Runs) -> Tensor:
         return self._kernels.add_up(values, runs)
+
+    def put_back(self, packed: Tensor, completed: Tensor, message: Message) -> None:
+        """Write completed sums, ``(..., size)``, to their vectors."""
+        where = message.place, message.cut, message.slot
+        self._kernels.put_back(packed, completed, *where)
 
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
