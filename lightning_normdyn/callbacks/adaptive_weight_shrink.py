@@ -23,6 +23,7 @@ from lightning_normdyn.functional import (
     std_from_sums,
 )
 from lightning_normdyn.geometry.formulas import moments, squares, work_out
+from lightning_normdyn.geometry.fusion import Number
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     LARGEST_SHARE,
@@ -177,7 +178,10 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         vectors = plan.vectors
         # Read at every step: a rate that was remembered would miss what a schedule does.
         counts = plan.counters["clamped"]
-        numbers = plan.rates(), self._alpha(), counts, *plan.guards(step)
+        alpha = self._alpha()
+        # Told at each launch: a person may schedule it.
+        told = alpha if isinstance(alpha, Tensor) else Number(alpha)
+        numbers = plan.rates(), told, counts, *plan.guards(step)
         into = None, plan.bad
         if self.by_std is None:
             found = work_out(vectors, shrink_by_norm, squares(vectors), numbers, into)

@@ -25,6 +25,7 @@ from lightning_normdyn.geometry.formulas import (
     take_with_totals,
     work_out,
 )
+from lightning_normdyn.geometry.fusion import Number
 from lightning_normdyn.geometry.kernels import Kernels
 from lightning_normdyn.geometry.triton_kernels import MOST_PROGRAMS, TritonKernels
 
@@ -470,6 +471,16 @@ def test_a_rank_totals_only_what_it_speaks_for(monkeypatch):
     _, totals = take_with_totals(vectors, squares(vectors), three_totals, (4.0,))
     rows = torch.stack(three_totals(vectors.partial_squares(), vectors.length, 4.0)) * spoken
     torch.testing.assert_close(totals, vectors.totals(rows), rtol=1e-13, atol=0)
+
+
+def test_numbers_that_are_told_at_the_launch_share_a_program():
+    vectors = many_rows()
+    formula = lambda ww, factor: (ww * factor,)  # noqa: E731
+    ww = vectors.partial_squares()
+    for factor in (0.1, 1.0, 0.0, -1 / 3, 1e300):
+        (found,) = work_out(vectors, formula, squares(vectors), (Number(factor),))
+        torch.testing.assert_close(found, ww * factor, rtol=1e-14, atol=0)
+    assert sum(key[0] is formula for key in TritonKernels.formulas) == 1
 
 
 def function_values(y, x):
