@@ -498,12 +498,14 @@ def _is_logged(
     quantity: Quantity, weight: str, values: Mapping[str, float], unbalanced: Collection[str]
 ) -> bool:
     """Whether loggers get a quantity of a weight without being asked."""
+    if not quantity.logged:
+        return False
     if quantity.in_place_of == "balance_ratio":
-        return quantity.logged and weight in unbalanced
+        return weight in unbalanced
     # A weight keeps what it has: a balance that is known at last does not end another chart.
-    is_replaced = quantity.name == "balance_ratio" and weight in unbalanced
-    is_taken = f"{quantity.in_place_of}/{weight}" in values
-    return quantity.logged and not is_taken and not is_replaced
+    if quantity.name == "balance_ratio" and weight in unbalanced:
+        return False
+    return f"{quantity.in_place_of}/{weight}" not in values
 
 
 def rate_followed(*, proportional: bool) -> str:

@@ -30,8 +30,9 @@ class StandIns:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        # Whether a weight has a stand-in, of those that it is decided of.
-        self._decided: dict[str, bool] = {}
+        # Weights that it is decided of, and those among them that have a stand-in.
+        self._decided: set[str] = set()
+        self._chosen: set[str] = set()
         self._has_begun = False
         # The step in the middle of the run; None where nobody knows how far it goes.
         self._middle: float | None = None
@@ -50,22 +51,24 @@ class StandIns:
             if to_come is not None:
                 self._middle = (step + 1 + to_come) / 2
         for key in values:
-            quantity, _, name = key.partition("/")
-            if quantity == "norm_drift" and name not in self._decided:
-                self._decide(name, step, values, history)
-        return {name for name, has_stand_in in self._decided.items() if has_stand_in}
+            if key.startswith("norm_drift/"):
+                name = key.removeprefix("norm_drift/")
+                if name not in self._decided:
+                    self._decide(name, step, values, history)
+        return self._chosen
 
     def _decide(self, name: str, step: int, values: Mapping[str, float], history: History) -> None:
         """Decide of a weight, if it is time to."""
         if history.has(f"expected_ratio/{name}"):
-            self._decided[name] = False
+            self._decided.add(name)
             return
         # At a learning rate of 0 nothing has a pull, whatever decays it at others.
         if values.get(f"effective_lr/{name}") == 0:
             return
         is_decayed = values.get(f"pull/{name}", 0.0) > 0
         if not is_decayed and not (history.curve(f"pull/{name}")[1] > 0).any():
-            self._decided[name] = True
+            self._decided.add(name)
+            self._chosen.add(name)
             return
         # In the first half, a balance that is not there may be on its way.
         if self._middle is None or step < self._middle:
@@ -73,4 +76,6 @@ class StandIns:
         known_at, _ = history.curve(f"balance_ratio/{name}")
         # One that came later was too late before a resume as well.
         is_in_time = len(known_at) > 0 and bool(known_at[0] < self._middle)
-        self._decided[name] = not is_in_time
+        self._decided.add(name)
+        if not is_in_time:
+            self._chosen.add(name)
