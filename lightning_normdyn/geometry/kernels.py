@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .lots import Change, Stack, lots_of, spread
+from .lot_choice import lots_of
+from .lots import Change, Lot, Stack, spread
 from .partition import indices
 from .passes import Dims, Kernel, Operand, Pair, Pass, Views
 from .pieces import Placement, Rows, Runs, rows_of
@@ -138,17 +139,15 @@ class Kernels:
         # Fixed here, so that what is said of rows below stays true if threads are set later.
         self._entries = _entries_at_once(device)
         self._lots = lots_of(index.pieces, values, hidden, self._entries)
-        self._columns: list[slice] = []
-        """The rows of each lot among all, in the order of lots."""
-        stop = 0
+        self._lots_without_zeros: list[Lot] = []
+        """The same rows in the same order, none with zeros behind it."""
         for lot in self._lots:
-            start, stop = stop, stop + lot.rows
-            self._columns.append(slice(start, stop))
+            self._lots_without_zeros += lot.without_zeros()
         self._order, self._places = self._find_order()
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
         be used on the way."""
-        for lot in self._lots:
+        for lot in self._lots_without_zeros:
             (view,) = lot.views([values])
             if view is None or view.numel() <= self._entries:
                 continue
@@ -190,16 +189,16 @@ class Kernels:
         """
         index = self._index
         dtype = how.dtype or self._precision
-        written = torch.empty(
-            how.written,
-            sum(index.counts),
-            dtype=dtype,
-            device=self._device,
-        )
-        given = [self._of_lots(number, 0.0) for number in numbers if number is not None]
+        written = torch.empty(how.written, sum(index.counts), dtype=dtype, device=self._device)
+        lots = self._lots if how.bears_zeros else self._lots_without_zeros
+        given = [self._of_lots(number, 0.0, lots) for number in numbers if number is not None]
 
         added_up: list[tuple[slice, Tensor]] = []
-        for lot, columns, *of_lot in zip(self._lots, self._columns, *given, strict=True):
+        stop = 0
+        for lot, *of_lot in zip(lots, *given, strict=True):
+            # Its rows among all, in the order of lots.
+            columns = slice(stop, stop + lot.rows)
+            stop = columns.stop
             views = lot.views(operands)
             place = written[:, columns]
             first = next((view for view in views if view is not None), None)
@@ -309,7 +308,7 @@ class Kernels:
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
-        for lot, of_lot in zip(self._lots, self._of_lots(factor, 1.0), strict=True):
+        for lot, of_lot in zip(self._lots, self._of_lots(factor, 1.0, self._lots), strict=True):
             lot.scale_(tensors, of_lot)
 
     def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
@@ -379,7 +378,7 @@ class Kernels:
             operands: what it is called with.
             numbers: ``(n,)`` each, and the value for rows that belong to no vector.
         """
-        of_lots = [self._of_lots(values, dummy) for values, dummy in numbers]
+        of_lots = [self._of_lots(values, dummy, self._lots) for values, dummy in numbers]
         for lot, *of_lot in zip(self._lots, *of_lots, strict=True):
             lot.change_(change, operands, of_lot)
 
@@ -404,13 +403,13 @@ class Kernels:
 
         return kernel
 
-    def _of_lots(self, values: Tensor, dummy: float) -> Sequence[Tensor]:
+    def _of_lots(self, values: Tensor, dummy: float, lots: Sequence[Lot]) -> Sequence[Tensor]:
         """From ``(n,)`` values of vectors those of the rows of each lot."""
         # Converted and cut once here, not for every lot.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)
         if self._order is not None:
             of_rows = of_rows[self._order]
-        return of_rows.split_with_sizes([lot.rows for lot in self._lots])
+        return of_rows.split_with_sizes([lot.rows for lot in lots])
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -2,14 +2,17 @@
 together.
 
 Calling torch for a small weight costs more than its arithmetic, and a pass is a dozen calls. So
-small weights whose rows are equally long are copied into one tensor, ``(rows, entries of a row)``,
-and a pass is taken over that. What it has changed there is copied back. Which weights lie together
-is decided by their shapes alone, once for a set of weights.
+small weights are copied into one tensor, ``(rows, entries of a row)``, and a pass is taken over
+that. What it has changed there is copied back. Rows of different lengths have zeros behind them.
+The sum of a row is the same to the bit whichever rows lie beside it; which do,
+`lightning_normdyn.geometry.lot_choice` decides.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -20,13 +23,14 @@ from . import passes
 from .passes import Dims, Operand
 from .pieces import Rows
 
-SMALL_ENTRIES = 2**14
-"""Up to this many entries of a weight, calling torch for it costs more than copying it."""
-
-
 COPIED_ENTRIES = 2**12
 """Up to this many entries of a weight, a change of single entries (an addition) is made in a copy
 and copied back; it is one or two calls, which cost less than two more passes over memory."""
+
+ROW_UNIT = 64
+"""Rows that are filled up with zeros are as long as a multiple of this. torch adds up a row by four
+registers, of at most 16 numbers each: zeros that fill whole rounds change no bit of a sum, whatever
+the width of the tensor."""
 
 Change = Callable[..., None]
 """``change(views, *numbers)`` writes to the first of the views; numbers broadcast over them."""
@@ -82,6 +86,10 @@ class Lot(ABC):
     @abstractmethod
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every row by its factor, ``(rows,)``, in place."""
+
+    def without_zeros(self) -> list[Lot]:
+        """The same rows in the same order, as lots that put nothing behind a row."""
+        return [self]
 
 
 class Alone(Lot):
@@ -293,6 +301,118 @@ class Stack(Lot):
         return of_rows, list(of_slices.split_with_sizes(self._sizes))
 
 
+class Padded(Stack):
+    """Whole small weights whose rows differ in length, one below the other, with zeros behind each
+    row. Only for passes that zeros do not disturb.
+
+    Args:
+        pieces: see `Lot`.
+        weights: positions of the weights.
+        shapes: of the weights.
+        lengths: for each weight the entries of its rows.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[int],
+        weights: Sequence[int],
+        shapes: Sequence[torch.Size],
+        lengths: Sequence[int],
+    ) -> None:
+        self.pieces = list(pieces)
+        self.weights = list(weights)
+        self._shapes = list(shapes)
+        self._counts = [
+            shape.numel() // length for shape, length in zip(shapes, lengths, strict=True)
+        ]
+        self._lengths = list(lengths)
+        self._length = padded_length(max(lengths))
+        self.rows = sum(self._counts)
+        self._changes_in_place = False
+        self._kept = {}
+        # A buffer for each operand of a pass, and its parts, of the shapes of the weights.
+        self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+
+    def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
+        """See `Lot.views`: copies, valid until the next ones are asked for."""
+        return [self._filled(operand, place) for place, operand in enumerate(operands)]
+
+    def _filled(self, operand: Operand, place: int) -> Tensor | None:
+        tensors = [operand[weight] for weight in self.weights]
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return None
+        buffer, parts = self._buffer(place, present[0])
+        if len(present) < len(tensors):
+            buffer.zero_()
+            parts = [p for p, tensor in zip(parts, tensors, strict=True) if tensor is not None]
+        torch._foreach_copy_(parts, present)
+        return buffer
+
+    def _buffer(self, place: int, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Memory for the operand at a place, and the parts of it that weights are copied to."""
+        kind = place, like.device, like.dtype
+        if kind not in self._buffers:
+            # Kept: cutting it costs as much as a pass, and the zeros stay where they are.
+            buffer = like.new_zeros(self.rows, self._length)
+            parts = []
+            of_weights = buffer.split_with_sizes(self._counts)
+            for rows, shape, length in zip(of_weights, self._shapes, self._lengths, strict=True):
+                parts.append(rows[:, :length].view(shape))
+            self._buffers[kind] = buffer, parts
+        return self._buffers[kind]
+
+    def put_back(
+        self,
+        view: Tensor | None,
+        operands: Sequence[Operand],
+        position: int,
+    ) -> None:
+        """See `Lot.put_back`."""
+        if view is None:
+            return
+        changed: list[Any] = []
+        values = []
+        _, parts = self._buffer(position, view)
+        for weight, part in zip(self.weights, parts, strict=True):
+            if all(operand[weight] is not None for operand in operands):
+                changed.append(operands[position][weight])
+                values.append(part)
+        if changed:
+            torch._foreach_copy_(changed, values)
+        # What was written behind the rows may be NaN, and would be summed in the next pass.
+        view.zero_()
+
+    def without_zeros(self) -> list[Lot]:
+        """See `Lot.without_zeros`: stacks of rows of equal length."""
+        stacks: list[Lot] = []
+        inner = [shape[1:] for shape in self._shapes]
+        kinds = list(zip(self._lengths, inner, strict=True))
+        for (length, _), members in groupby(range(len(kinds)), kinds.__getitem__):
+            run = list(members)
+            of_run = slice(run[0], run[-1] + 1)
+            pieces, weights = self.pieces[of_run], self.weights[of_run]
+            stacks.append(Stack(pieces, weights, self._shapes[of_run], length))
+        return stacks
+
+    def _new_numbers(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        of_rows = torch.empty(self.rows, 1, dtype=dtype, device=device)
+        of_weights = []
+        for rows, shape in zip(of_rows.split_with_sizes(self._counts), self._shapes, strict=True):
+            of_weights.append(rows.view(-1, *[1] * (len(shape) - 1)))
+        return of_rows, of_weights
+
+
+def padded_length(length: int) -> int:
+    """How long a row of ``length`` entries is with the zeros behind it.
+
+    Example:
+        >>> padded_length(9), padded_length(64), padded_length(65)
+        (64, 64, 128)
+    """
+    return -(-length // ROW_UNIT) * ROW_UNIT
+
+
 def spread(
     numbers: Tensor,
     form: Sequence[int],
@@ -300,65 +420,3 @@ def spread(
 ) -> Tensor:
     """One number per row, of the shape ``form`` that broadcasts over a view of them."""
     return numbers.to(view.device, passes.own_precision(view)).view(form)
-
-
-# ---- Which weights lie together ----
-
-
-def lots_of(
-    pieces: Sequence[tuple[int, Rows]],
-    values: Sequence[Tensor],
-    hidden: Sequence[Tensor | None],
-    entries: int,
-) -> list[Lot]:
-    """All pieces, each in one lot.
-
-    Args:
-        pieces: of all weights, each with the position of its weight.
-        values: the local tensors of the weights.
-        hidden: for each weight the entries that do not count in sums, or None.
-        entries: how many entries a stack may have, so that it stays in a cache.
-    """
-    lots: list[Lot] = []
-    alike: dict[Any, list[int]] = {}
-    for place, (weight, rows) in enumerate(pieces):
-        value = values[weight]
-        length = None if hidden[weight] is not None else _row_length(value, rows)
-        if length is None:
-            lots.append(Alone(place, weight, rows, hidden[weight]))
-            continue
-        # Neighbours or not: a weight's sums must not depend on who stands beside it.
-        kind = length, value.shape[1:], value.dtype, value.device
-        alike.setdefault(kind, []).append(place)
-    for (length, *_), places in alike.items():
-        sizes = [values[pieces[place][0]].numel() for place in places]
-        for part in _portions(sizes, entries):
-            weights = [pieces[place][0] for place in places[part]]
-            shapes = [values[weight].shape for weight in weights]
-            lots.append(Stack(places[part], weights, shapes, length))
-    # In the order of the pieces where that is possible: numbers per row then need no index.
-    return sorted(lots, key=lambda lot: lot.pieces[0])
-
-
-def _row_length(value: Tensor, rows: Rows) -> int | None:
-    """The entries of a row, if this is a small weight whose rows stand one below the other; else
-    None."""
-    size, count = value.numel(), len(rows.labels)
-    # Of a part of a weight, or of rows that run through it otherwise, there are too few to make up
-    # for what they would need.
-    if not 0 < size <= SMALL_ENTRIES or not value.ndim or not rows.are_whole:
-        return None
-    length = size // count
-    return None if length % prod(value.shape[1:]) else length
-
-
-def _portions(sizes: Sequence[int], entries: int) -> list[slice]:
-    """Runs of ``sizes`` whose sums are at most ``entries``, or that have one size only."""
-    bounds = [0]
-    before = 0
-    for i, total in enumerate(accumulate(sizes)):
-        if total - before > entries and i > bounds[-1]:
-            bounds.append(i)
-            before = total - sizes[i]
-    bounds.append(len(sizes))
-    return [slice(start, stop) for start, stop in pairwise(bounds)]

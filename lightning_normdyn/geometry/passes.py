@@ -46,6 +46,7 @@ class Pass:
             rows are long or dtypes are converted.
         whole_rows: whether the kernel must see each row at once, because it also changes it.
         writes: position of the view that the kernel writes to, too; None: it writes to none.
+        bears_zeros: whether zeros behind a row change nothing.
     """
 
     kernel: Kernel
@@ -56,6 +57,7 @@ class Pass:
     streaming: bool = False
     whole_rows: bool = False
     writes: int | None = None
+    bears_zeros: bool = True
 
 
 # ---- Norms, moments, displacement, radial part ----
@@ -112,7 +114,8 @@ def _finish_moments(written: Tensor) -> Tensor:
     return torch.stack([squares, left + members * mean])
 
 
-MOMENTS = Pass(_moments, _finish_moments, 4, 2)
+# Not with zeros behind a row: around the mean of its entries, these would be far from 0.
+MOMENTS = Pass(_moments, _finish_moments, 4, 2, bears_zeros=False)
 """<w, w> and <1, w>."""
 
 

@@ -14,7 +14,7 @@ from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn import functional as F
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import kernels as kernels_file
-from lightning_normdyn.geometry import lots, passes
+from lightning_normdyn.geometry import lot_choice, passes
 from lightning_normdyn.geometry.kernels import RowIndex
 from lightning_normdyn.geometry.pieces import rows_of
 from lightning_normdyn.geometry.placement import place
@@ -32,7 +32,7 @@ def chunked(request, monkeypatch):
     if request.param == "in small chunks":
         monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 5)
     if request.param == "by itself":
-        monkeypatch.setattr(lots, "SMALL_ENTRIES", 0)
+        monkeypatch.setattr(lot_choice, "SMALL_ENTRIES", 0)
 
 
 def as_rows(weight: Tensor, partition: Partition) -> list[Tensor]:
