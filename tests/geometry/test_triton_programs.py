@@ -39,16 +39,17 @@ def imports(module) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_every_program_compiles_without_spills(dtype, tmp_path):
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 float16 float64"])
+def test_every_program_compiles_without_spills(dtypes, tmp_path):
     """In a process of its own: where Triton interprets it does not compile."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NORMDYN_KERNELS")}
     # Afresh, so that nothing comes from a cache.
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     script = Path(__file__).with_name("compile_programs.py")
     done = subprocess.run(
-        [sys.executable, str(script), dtype],
+        [sys.executable, str(script), *dtypes.split()],
         cwd=script.parents[2], env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]

@@ -306,6 +306,7 @@ def test_a_short_run_under_aws_is_on_course() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pairwise
 @pytest.mark.parametrize("times", [1.0, 3.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("family", RECURSIVE, ids=str)
@@ -742,6 +743,7 @@ def assert_on_course_by_coherence(family: Family, schedule: Schedule, times: flo
 
 
 @pytest.mark.slow
+@pytest.mark.pairwise
 @pytest.mark.parametrize("times", [1.0, 3.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("family", BY_COHERENCE, ids=str)
