@@ -72,8 +72,12 @@ class Counted:
     def __init__(self) -> None:
         self.by_phase: dict[str, list[Counter[str]]] = {}
         self.launches = Launches()
+        self.phase = ""
+        self.compiled: dict[tuple, str] = {}
+        """For each program and kind of arguments, the phase in which it is first asked for."""
 
     def record(self, phase: str, action) -> None:
+        self.phase = phase
         with Launches() as self.launches:
             action()
         self.by_phase.setdefault(phase, []).append(self.launches.names)
@@ -124,11 +128,25 @@ def counting(monkeypatch) -> Counted:
         program, work = getattr(TritonKernels, name), getattr(Kernels, name)
 
         def method(self, *arguments, **options):
-            program(self, *arguments, **options)
+            found = program(self, *arguments, **options)
+            if TritonKernels.only_compiles:
+                return found
             return counted.uncounted(work, self, *arguments, **options)
 
         return method
 
+    compile_one = TritonKernels._compile
+
+    def compiled(self, program, launch):
+        _, arguments, constants = launch
+        kinds = [getattr(argument, "dtype", None) for argument in arguments]
+        which = id(program) if program.name == "rule" else 0
+        variant = (program.name, which, *kinds, *map(str, constants))
+        if not counted.launches.paused:
+            counted.compiled.setdefault(variant, counted.phase)
+        compile_one(self, program, launch)
+
+    monkeypatch.setattr(TritonKernels, "_compile", compiled)
     for name in METHODS:
         monkeypatch.setattr(TritonKernels, name, with_numbers_of_torch(name))
     true_sums: dict[int, torch.Tensor] = {}
@@ -308,6 +326,22 @@ def cases():
 def test_launches_do_not_depend_on_the_number_of_weights(counted, case, number):
     callback, optimizer, budget = BUDGETS[case]
     assert launches(counted, callback(), optimizer, number) <= budget, counted.by_phase
+
+
+AHEAD = [case for case in BUDGETS if "monitor" not in case]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "aws" else pytest.param(case, marks=pytest.mark.slow) for case in AHEAD],
+)
+def test_programs_are_compiled_before_the_first_write(counted, case):
+    """Also of what comes later in a fit: a drop, a step that a buffer tells."""
+    callback, optimizer, _ = BUDGETS[case]
+    launches(counted, callback(), optimizer, 4)
+    assert counted.compiled
+    late = {variant for variant, phase in counted.compiled.items() if phase != "RESOLVE"}
+    assert not late
 
 
 @pytest.mark.slow

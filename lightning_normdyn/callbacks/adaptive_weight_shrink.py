@@ -175,25 +175,30 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     def shrink(self, step: Step) -> None:
         """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
         plan = self.plan
-        vectors = plan.vectors
-        # Read at every step: a rate that was remembered would miss what a schedule does.
-        counts = plan.counters["clamped"]
-        alpha = self._alpha()
-        # Told at each launch: a person may schedule it.
-        told = alpha if isinstance(alpha, Tensor) else Number(alpha)
-        numbers = plan.rates(), told, counts, *plan.guards(step)
-        into = None, plan.bad
-        if self.by_std is None:
-            found = work_out(vectors, shrink_by_norm, squares(vectors), numbers, into)
-        else:
-            by_std = self.by_std, vectors.length
-            found = work_out(
-                vectors, shrink_by_std, moments(vectors), (*by_std, *numbers), into
-            )  # fmt: skip
-        factor, _, counts = found
+        factor, _, counts = self._worked_out(plan.guards(step))
         # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
         plan.count("clamped", counts, step)
         self.shrinker.shrink(step, factor)
+
+    def rehearse(self, step: Step) -> None:
+        """Sums, factors and the shrink."""
+        factor, *_ = self._worked_out(self.plan.expected_guards(step))
+        self.shrinker.rehearse(factor)
+
+    def _worked_out(self, guards: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """What `shrunk` returns."""
+        plan = self.plan
+        vectors = plan.vectors
+        alpha = self._alpha()
+        # Told at each launch: a person may schedule it.
+        told = alpha if isinstance(alpha, Tensor) else Number(alpha)
+        # Read at every step: a rate that was remembered would miss what a schedule does.
+        numbers = plan.rates(), told, plan.counters["clamped"], *guards
+        into = None, plan.bad
+        if self.by_std is None:
+            return work_out(vectors, shrink_by_norm, squares(vectors), numbers, into)
+        by_std = self.by_std, vectors.length
+        return work_out(vectors, shrink_by_std, moments(vectors), (*by_std, *numbers), into)
 
     def _alpha(self) -> float | Tensor:
         """One number, or one per vector."""

@@ -121,9 +121,7 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         rates: dict[str, Rate],
     ) -> None:
         plan = self.plan
-        vectors = plan.vectors
-        numbers = self._sent(factors), vectors.weight_of, *plan.guards(step)
-        factor, _ = work_out(vectors, dropped, None, numbers, into=(None, plan.bad))
+        factor, _ = self._worked_out(factors, plan.guards(step))
         scaling = self.rescaler.scaling(factor, gradients=True)
         drop = self._drop = _Drop(scaling, rates)
         step.undo_with(lambda: self._take_back(drop))
@@ -132,6 +130,20 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         # at all.
         step.scale(scaling)
         step.when_done(self._mark_now if step.skipped is None else self._mark_later)
+
+    def rehearse(self, step: Step) -> None:
+        """Factors and the change of lengths: a drop shall not wait for a compiler."""
+        ones = [1.0] * len(self.plan.targets)
+        factor, _ = self._worked_out(ones, self.plan.expected_guards(step))
+        self.plan.vectors.scale_(factor)
+
+    def _worked_out(
+        self, factors: list[float], guards: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        """What `dropped` returns."""
+        plan = self.plan
+        numbers = self._sent(factors), plan.vectors.weight_of, *guards
+        return work_out(plan.vectors, dropped, None, numbers, into=(None, plan.bad))
 
     def _sent(self, factors: list[float]) -> Tensor:
         """One number per target, on the device."""

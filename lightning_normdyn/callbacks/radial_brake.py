@@ -14,6 +14,7 @@ from lightning_normdyn.engine.refusals import refuse_16_bits
 from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.geometry.formulas import displacement, work_out
+from lightning_normdyn.geometry.passes import Operand
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.steering import Change, brake_factor
 
@@ -77,17 +78,26 @@ class BrakeWorker(Worker["RadialBrake"]):
     @during(Phase.PROJECT)
     def brake(self, step: Step) -> None:
         """w <- c w', with c such that only a share of the change of the norm is left."""
+        plan = self.plan
+        before = plan.vectors.snapshots(step.bracket)
+        factor, _, _, counts = self._worked_out(before, plan.guards(step))
+        plan.count("clamped", counts, step)
+        plan.vectors.scale_(factor)
+
+    def rehearse(self, step: Step) -> None:
+        """Sums, factors and the change of lengths."""
+        vectors = self.plan.vectors
+        factor, *_ = self._worked_out(vectors.values(), self.plan.expected_guards(step))
+        vectors.scale_(factor)
+
+    def _worked_out(self, before: Operand, guards: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """What `braked` returns."""
         rule, plan = self.rule, self.plan
         vectors = plan.vectors
-        before = vectors.snapshots(step.bracket)
         log_scale, counts = plan.published["log_scale"], plan.counters["clamped"]
-        numbers = rule.outward, rule.inward, rule.change, log_scale, counts, *plan.guards(step)
+        numbers = rule.outward, rule.inward, rule.change, log_scale, counts, *guards
         into = None, plan.bad, log_scale
-        factor, _, _, counts = work_out(
-            vectors, braked, displacement(vectors, before), numbers, into
-        )
-        plan.count("clamped", counts, step)
-        vectors.scale_(factor)
+        return work_out(vectors, braked, displacement(vectors, before), numbers, into)
 
     def effect(self, target: Target) -> Effect:
         """It takes away a share of each change of the norm."""

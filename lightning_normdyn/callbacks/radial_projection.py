@@ -232,19 +232,49 @@ class ProjectWorker(Worker["RadialProjection"]):
             # What is not finite has been left alone; here it is remembered.
             self.plan.guard(self._project_all(step), 0.0, step)
 
-    def _share(self, step: Step) -> tuple[Any, ...]:
+    def rehearse(self, step: Step) -> None:
+        """Sums, coefficients and the change of the step, as told by a copy; by a buffer if there is
+        one."""
+        plan = self.plan
+        vectors = plan.vectors
+        values = vectors.values()
+        share = self._share(step, plan.expected_guards(step))
+        if self.rule.gate == "cosine":
+            # Elsewhere ranks would have to wait for each other.
+            if vectors.everywhere and not vectors.cut:
+                self._rehearse_gates(share)
+        else:
+            coefficient, _ = work_out(vectors, shortened, radial(vectors, values), share)
+            vectors.add_scaled_(coefficient, values)
+        if self._telling_buffer(step) is not None:
+            sums = radial_part_of_step(vectors, values, plan.rates())
+            factor, _, coefficient, _ = work_out(vectors, shortened_by_buffer, sums, share)
+            vectors.scale_and_add_(factor, coefficient, values)
+            # How long steps are is measured until it is known.
+            vectors.partial_inner((values, values), exact=False)
+
+    def _rehearse_gates(self, share: tuple[Any, ...]) -> None:
+        vectors = self.plan.vectors
+        values, delta = vectors.values(), self.rule.delta
+        _, of_gates = take_with_totals(vectors, products(vectors, values), gate_sums, (delta,))
+        taken, of_step = take_with_totals(vectors, radial(vectors, values), step_sums)
+        numbers = vectors.weight_of, delta, *of_step, *of_gates, *share
+        coefficient, _ = work_out(vectors, shortened_by_totals, taken, numbers)
+        vectors.add_scaled_(coefficient, values)
+
+    def _share(self, step: Step, guards: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
         """What `shortened` takes behind the sums."""
         plan = self.plan
         # AWS goes first where both are on a weight: one decay, not two.
         owned = plan.owns_decay(step, DecayOwner.PROJECTION)
         ratio = self.rule.weight_decay_ratio
-        return plan.rates(), self._decays(), ratio, owned, *plan.guards(step)
+        return plan.rates(), self._decays(), ratio, owned, *guards
 
     def _project_at_once(self, step: Step) -> None:
         """`_project_all` where a launch is the dearest thing: sums, one formula, one write."""
         plan = self.plan
         vectors = plan.vectors
-        share = self._share(step)
+        share = self._share(step, plan.guards(step))
         if self.needs_copy:
             before = vectors.snapshots(step.bracket)
             sums = radial(vectors, before)
@@ -296,7 +326,7 @@ class ProjectWorker(Worker["RadialProjection"]):
         plan = self.plan
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        share = self._share(step)
+        share = self._share(step, plan.guards(step))
         taken, (layer_ss, layer_sd) = take_with_totals(vectors, radial(vectors, before), step_sums)
         into = None, plan.bad
         if fuses_formulas(vectors):

@@ -29,6 +29,7 @@ from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.formulas import displacement, work_out
+from lightning_normdyn.geometry.passes import Operand
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     LARGEST_SHARE,
@@ -220,26 +221,44 @@ class RotationWorker(Worker["RotationControl"]):
     def steer(self, step: Step) -> None:
         """w <- c (s + f (w' - s)), with f for the angle and c for the norm."""
         plan = self.plan
+        before = plan.vectors.snapshots(step.bracket)
+        results = self._worked_out(step, before, plan.guards(step))
+        promised, counts = results[3:5]
+        plan.count("clamped", counts, step)
+        if self.rule.rotation.sets_angle:
+            plan.published["target_angle"] = promised
+        self._change(before, results)
+
+    def rehearse(self, step: Step) -> None:
+        """Sums, stretches and factors, and the change of the step."""
+        values = self.plan.vectors.values()
+        self._change(values, self._worked_out(step, values, self.plan.expected_guards(step)))
+
+    def _worked_out(
+        self,
+        step: Step,
+        before: Operand,
+        guards: tuple[Tensor | None, ...],
+    ) -> tuple[Tensor, ...]:
+        """What `turned` returns."""
+        plan = self.plan
         vectors = plan.vectors
-        before = vectors.snapshots(step.bracket)
-        rotation = self.rule.rotation
         decays, owned = self._decays(step)
-        numbers = rotation, self._rates(), self._told(step), decays, owned
-        counts = plan.counters["clamped"]
+        numbers = self.rule.rotation, self._rates(), self._told(step), decays, owned
         memory = tuple(self.memory), *self.memory.values()
-        results = work_out(
+        return work_out(
             vectors,
             turned,
             displacement(vectors, before),
-            (*numbers, counts, *plan.guards(step), *memory),
+            (*numbers, plan.counters["clamped"], *guards, *memory),
             (None, None, None, None, None, plan.bad, *self.memory.values()),
         )
-        stretch, scale, lost, promised, counts = results[:5]
-        plan.count("clamped", counts, step)
-        if rotation.sets_angle:
-            plan.published["target_angle"] = promised
+
+    def _change(self, before: Operand, results: tuple[Tensor, ...]) -> None:
+        vectors = self.plan.vectors
+        stretch, scale, lost = results[:3]
         vectors.stretch_(before, stretch, scale)
-        if decays is not None:
+        if self.rule.applies_decay:
             vectors.add_scaled_(lost, before)
 
     # -- the angle

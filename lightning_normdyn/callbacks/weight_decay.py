@@ -131,14 +131,14 @@ class PacedDecay(Worker["WeightDecay"]):
         known = self._known_pulls(step)
         if known is not None:
             return self.plan.spread_groups("pull", known)
-        return self._worked_out(step)[0]
+        return self._counted(step)[0]
 
     def _kept(self, step: Step) -> Tensor:
         """The factor that `_pull` leaves of each vector, ``(n,)``."""
         known = self._known_pulls(step)
         if known is not None:
             return self.plan.spread_groups("kept", [1 - pull for pull in known])
-        return self._worked_out(step)[1]
+        return self._counted(step)[1]
 
     def _known_pulls(self, step: Step) -> list[Number] | None:
         """`pulled` by param group, where the host knows all of it: then nothing is launched as long
@@ -160,18 +160,21 @@ class PacedDecay(Worker["WeightDecay"]):
         plan.guards(step)
         return pulls
 
-    def _worked_out(self, step: Step) -> tuple[Tensor, Tensor]:
+    def _counted(self, step: Step) -> tuple[Tensor, ...]:
+        results = self._worked_out(self.plan.guards(step), step)
+        self.plan.count("clamped", results[3], step)
+        return results
+
+    def _worked_out(self, guards: tuple[Tensor | None, ...], step: Step) -> tuple[Tensor, ...]:
+        """What `pulled` returns."""
         plan = self.plan
         # Read at every step: a rate that was remembered would miss what a schedule does.
         rates = plan.rates() if self._goes_by_rate else None
         # AWS goes first where both are on a weight: one decay, not two.
         owned = plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
         shares = plan.spread_groups("decay_share", self._shares())
-        numbers = shares, rates, owned, plan.counters["clamped"], *plan.guards(step)
-        into = None, None, plan.bad
-        pull, factor, _, counts = work_out(plan.vectors, pulled, None, numbers, into)
-        plan.count("clamped", counts, step)
-        return pull, factor
+        numbers = shares, rates, owned, plan.counters["clamped"], *guards
+        return work_out(plan.vectors, pulled, None, numbers, (None, None, plan.bad))
 
     @property
     def _goes_by_rate(self) -> bool:
@@ -284,6 +287,11 @@ class DecayWorker(PacedDecay):
         """w <- (1 - p) w, at the weight that the gradient was taken at."""
         self.shrinker.shrink(step, self._kept(step))
 
+    def rehearse(self, step: Step) -> None:
+        """The factors, where the host does not know them, and the shrink."""
+        factor = self._worked_out(self.plan.expected_guards(step), step)[1]
+        self.shrinker.rehearse(factor)
+
     def effect(self, target: Target) -> Effect:
         """It shrinks the whole weight."""
         return self.stated(target, cautious=False)
@@ -308,6 +316,12 @@ class CautiousDecayWorker(PacedDecay):
         self.shortened = None
         step.bracket.request_snapshot(self.plan.vectors.storages())
         self.pull = self._pull(step)
+
+    def rehearse(self, step: Step) -> None:
+        """The shares, where the host does not know them, and the decay."""
+        vectors = self.plan.vectors
+        pull = self._worked_out(self.plan.expected_guards(step), step)[0]
+        vectors.decay_shortened_(pull, vectors.values())
 
     @during(Phase.LOOK_AGAIN)
     def keep_signs(self, step: Step) -> None:

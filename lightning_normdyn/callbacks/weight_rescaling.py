@@ -92,10 +92,7 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         # rescale at other steps than one that was never interrupted.
         if plan.number(step) % self.rule.every_n_steps or self._window() != "now":
             return
-        vectors = plan.vectors
-        numbers = self.lengths, *plan.guards(step)
-        sums = squares(vectors, exact=True)
-        factor, _ = work_out(vectors, rescaled, sums, numbers, into=(None, plan.bad))
+        factor, _ = self._worked_out(plan.guards(step))
         self.rescaler.scaling(factor).apply()
         # Without a gradient anywhere nothing was rescaled, so there is nothing to mark.
         if not any(plan.vectors.has_gradient(step)):
@@ -105,6 +102,19 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         else:
             # Only the device knows whether this update happened.
             step.when_done(self._mark_later)
+
+    def rehearse(self, step: Step) -> None:
+        """Sums, factors and the change of lengths."""
+        factor, _ = self._worked_out(self.plan.expected_guards(step))
+        self.plan.vectors.scale_(factor)
+
+    def _worked_out(self, guards: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """What `rescaled` returns."""
+        plan = self.plan
+        sums = squares(plan.vectors, exact=True)
+        return work_out(
+            plan.vectors, rescaled, sums, (self.lengths, *guards), into=(None, plan.bad)
+        )
 
     def effect(self, target: Target) -> Effect:
         """It sets the length now and then, within its epochs."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay
-from lightning_normdyn.optimizers.step import Phase
+from lightning_normdyn.optimizers.step import Phase, Step
 
 from .effect import Effect
 from .plan import Plan, Target
@@ -57,6 +57,9 @@ class Member(Protocol):
 
     def resolve(self, index: int) -> None:
         """Find out which weights of optimizer ``index`` are meant, and act on them from now on."""
+
+    def rehearse(self, index: int, step: Step) -> None:
+        """Have compiled what acting on them takes, before anybody writes to a weight."""
 
     def refuse(
         self,

@@ -4,10 +4,12 @@ state per vector, refusals."""
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError
+from lightning_normdyn.geometry.formulas import compiling_only, fuses_formulas
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.decay import Decay
@@ -212,6 +214,14 @@ class Part(Account[AnyRule]):
             self._replan(index)
         except NormDynError as error:
             self.refuse(index, error)
+
+    def rehearse(self, index: int, step: Step) -> None:
+        """Have compiled what the worker launches, where a GPU runs programs."""
+        worker = self.workers.get(index)
+        if worker is None or not fuses_formulas(worker.plan.vectors):
+            return
+        with torch.no_grad(), compiling_only():
+            worker.rehearse(step)
 
     def _replan(self, index: int) -> None:
         """Make a plan for what is known now, and a worker for it; none where nothing is left."""

@@ -311,6 +311,9 @@ class Session:
         before = self._treated(index)
         for member in self.members:
             member.resolve(index)
+        # When all have resolved: who owns which decay is known only then.
+        for member in self.members:
+            member.rehearse(index, step)
         self.claims.tell_losses(index, before, self._treated(index))
 
     def _basis(self, layout: Layout) -> tuple[int, Layout]:

@@ -4,6 +4,7 @@ be able to hold."""
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry.rounded import scale_rounded_
 from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling
 from lightning_normdyn.optimizers.step import Step
 
@@ -33,6 +34,14 @@ class Shrinker:
             step.scale(Scaling(plan.vectors, factor, invariant=plan.invariant))
         else:
             self._shrink_rounded(step, factor, self._owed)
+
+    def rehearse(self, factor: Tensor) -> None:
+        """As `Worker.rehearse`: what `shrink` launches."""
+        vectors = self._plan.vectors
+        if self._owed is None:
+            vectors.scale_(factor)
+        else:
+            scale_rounded_(vectors, factor, self._owed)
 
     def _shrink_rounded(
         self,

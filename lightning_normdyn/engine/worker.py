@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner, DecayRule
 from lightning_normdyn.optimizers.group_numbers import Group, Number
-from lightning_normdyn.optimizers.step import Phase
+from lightning_normdyn.optimizers.step import Phase, Step
 
 from .effect import Effect, NoEffect, UnknownEffect
 from .plan import Plan, Target
@@ -21,7 +21,7 @@ LOOKING = frozenset(
     {Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.LOOK_AGAIN, Phase.MEASURE_STEP}
 )
 # What a subclass may override without doing anything else to a weight.
-SAYING = frozenset({"treatment", "treatments", "state", "load", "inherit", "forget"})
+SAYING = frozenset({"treatment", "treatments", "state", "load", "inherit", "forget", "rehearse"})
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -105,6 +105,11 @@ class Worker(Generic[AnyRule]):
     def prepare(self) -> None:
         """Take what the worker needs, as the last thing when it is made: part, rule, session and
         plan are there."""
+
+    def rehearse(self, step: Step) -> None:
+        """On a GPU whose programs have to be compiled: ask for everything that is launched in a
+        step, before the first callback writes to a weight. Nothing is launched or written
+        meanwhile, and what comes out is any numbers."""
 
     def effect(self, target: Target) -> Effect:
         """What is done to ``target`` at present: predictions, records and tables rest on it.

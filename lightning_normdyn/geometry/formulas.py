@@ -5,8 +5,8 @@ Letters: n vectors, K sums.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -131,6 +131,8 @@ def work_out(
         The results, ``(n,)`` each.
     """
     kernels = vectors._kernels
+    if TritonKernels.only_compiles:
+        return _compiled(vectors, formula, sums, arguments)
     if isinstance(kernels, TritonKernels):
         # Parts of vectors are added up over ranks first. Before anything can fail: a rank that
         # takes part in a collective twice would wait for ever.
@@ -145,12 +147,51 @@ def work_out(
     rows: Sequence[Tensor] = ()
     if sums is not None:
         rows = _complete(vectors, sums).unbind()
-    plain = [each.value if isinstance(each, Number) else each for each in arguments]
-    results = formula(*rows, *plain)
+    results = formula(*rows, *_plain(arguments))
     for destination, result in zip(into, results, strict=False):
         if destination is not None:
             destination.copy_(result)
     return results
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Whatever is worked out or written meanwhile is only compiled, so that a fit does not stop for
+    it after its first write; results are any numbers, and no rank waits for another."""
+    TritonKernels.only_compiles = True
+    try:
+        yield
+    finally:
+        TritonKernels.only_compiles = False
+
+
+def _compiled(
+    vectors: WeightVectors,
+    formula: Formula,
+    sums: Sums | Taken | None,
+    arguments: Sequence[Any],
+) -> tuple[Tensor, ...]:
+    """Results of the right form, once what `work_out` launches has been compiled."""
+    kernels = vectors._kernels
+    with suppress(Unfit):
+        if not isinstance(kernels, TritonKernels):
+            raise Unfit("torch compiles nothing")
+        if isinstance(sums, Sums) and vectors.cut:
+            slots, message = _slots_of(kernels, sums), vectors.message
+            parts = kernels.combined_over(slots, message.parts)
+            sums = Taken(slots, True, parts, message.place)
+        if isinstance(sums, Sums):
+            return _from_slots(kernels, formula, sums, arguments, ())
+        return _of_taken(kernels, formula, sums, arguments, ())
+    count = 0
+    if sums is not None:
+        count = sums.how.results if isinstance(sums, Sums) else len(sums.values)
+    rows = torch.zeros(count, vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
+    return formula(*rows, *_plain(arguments))
+
+
+def _plain(arguments: Sequence[Any]) -> list[Any]:
+    return [each.value if isinstance(each, Number) else each for each in arguments]
 
 
 def take_with_totals(

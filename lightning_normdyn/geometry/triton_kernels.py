@@ -69,6 +69,8 @@ class TritonKernels(Kernels):
     failure: ClassVar[str | None] = None
     """Of the whole process: a compiler that fails once is not asked again."""
     seconds: ClassVar[dict[Any, float]] = {}
+    only_compiles: ClassVar[bool] = False
+    """Nothing is launched or written: see `lightning_normdyn.geometry.formulas.compiling_only`."""
     formulas: ClassVar[dict[Any, Any]] = {}
     """For each formula and kind of arguments its program and what was written of it."""
 
@@ -419,32 +421,24 @@ class TritonKernels(Kernels):
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """See `Kernels.scale_`."""
-        try:
-            self._write(tensors, factor=factor)
-        except Unfit:
+        if not self._writes(tensors, factor=factor):
             super().scale_(tensors, factor)
 
     def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
         """See `Kernels.add_scaled_`."""
-        try:
-            self._write(tensors, source, coefficient=coefficient)
-        except Unfit:
+        if not self._writes(tensors, source, coefficient=coefficient):
             super().add_scaled_(tensors, coefficient, source)
 
     def scale_and_add_(
         self, tensors: Operand, factor: Tensor, coefficient: Tensor, source: Operand
     ) -> None:
         """See `Kernels.scale_and_add_`."""
-        try:
-            self._write(tensors, source, factor=factor, coefficient=coefficient)
-        except Unfit:
+        if not self._writes(tensors, source, factor=factor, coefficient=coefficient):
             super().scale_and_add_(tensors, factor, coefficient, source)
 
     def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
         """See `Kernels.stretch_`."""
-        try:
-            self._write(tensors, before, factor=scale, stretch=stretch, mode=STRETCH)
-        except Unfit:
+        if not self._writes(tensors, before, factor=scale, stretch=stretch, mode=STRETCH):
             super().stretch_(tensors, before, stretch, scale)
 
     def decay_shortened_(
@@ -455,12 +449,18 @@ class TritonKernels(Kernels):
         shortened: Operand | None,
     ) -> None:
         """See `Kernels.decay_shortened_`; entries that are known beforehand go to torch."""
-        try:
-            if shortened is not None:
-                raise Unfit("a mask is given")
-            self._write(tensors, before, coefficient=share, mode=SHORTENED)
-        except Unfit:
+        is_told = shortened is not None and not self.only_compiles
+        if is_told or not self._writes(tensors, before, coefficient=share, mode=SHORTENED):
             super().decay_shortened_(tensors, share, before, shortened)
+
+    def _writes(self, tensors: Operand, *operands: Operand, **numbers: Any) -> bool:
+        """`_write`, if the programs can; whether that was done."""
+        try:
+            self._write(tensors, *operands, **numbers)
+        except Unfit:
+            # Nothing is to be written where programs are only compiled, by torch neither.
+            return self.only_compiles
+        return True
 
     def _write(
         self,
@@ -497,6 +497,8 @@ class TritonKernels(Kernels):
             # All of them are compiled before the first of them writes.
             for launch in launches:
                 self._compile(program, launch)
+            if self.only_compiles:
+                return
             for grid, arguments, constants in launches:
                 program[grid](*arguments, *constants, num_warps=WARPS)
 
@@ -580,7 +582,7 @@ def _language(dtype: torch.dtype) -> Any:
 def _count_writes(written: Operand | None) -> None:
     """Let torch know that these tensors were written to, behind its back: whether an optimizer has
     stepped a weight is told by its version."""
-    if written is not None:
+    if written is not None and not TritonKernels.only_compiles:
         torch.autograd.graph.increment_version([t for t in written if t is not None])
 
 
