@@ -17,6 +17,7 @@ squared angles of the steps between are interpolated. Numbers of the host, in fl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp, inf, nan, pi, sqrt, tan
 from typing import Any, NamedTuple
 
@@ -111,7 +112,7 @@ class Span:
     log_kept: Numbers
     rates: Numbers
 
-    @property
+    @cached_property
     def coherence(self) -> Numbers:
         """κ; NaN where a pull is not known or nothing turned."""
         with np.errstate(all="ignore"):

@@ -107,6 +107,9 @@ def with_table(known: Mapping[str, V], table: Table[V]) -> ByWeight[V]:
     """What is known of all weights, with ``table`` in the place of what was known of its own."""
     if not isinstance(known, ByWeight):
         known = ByWeight([type(table).from_values(tuple(known), list(known.values()))])
+    # Row after row, an optimizer has the same weights.
+    if len(known.tables) == 1 and known.tables[0].names == table.names:
+        return ByWeight([table])
     own = set(table.names)
     tables = []
     for other in known.tables:

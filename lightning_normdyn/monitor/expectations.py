@@ -82,9 +82,9 @@ class Lot(NamedTuple):
             course[key] = value[places] if isinstance(value, np.ndarray) else value
         return self._replace(weights=self.weights[places], course=course)
 
-    def without(self, weights: Ints) -> Lot:
-        """Without these weights."""
-        (left,) = np.nonzero(~np.isin(self.weights, weights))
+    def without(self, weights: Flags) -> Lot:
+        """Without some of the weights of the table, ``(w,)``."""
+        (left,) = np.nonzero(~weights[self.weights])
         return self.at(left)
 
 

@@ -146,7 +146,9 @@ def follow(
         is_silent = walk.is_silent
         shown[weights] = np.isfinite(walk.angles) & (walk.angles > 0) & ~is_silent
     order = np.concatenate([np.zeros(0, dtype=np.int64), *(lot.weights for lot in lots)])
-    others = [left for lot in known.lots if len((left := lot.without(order)).weights)]
+    followed = np.zeros(width, dtype=np.bool_)
+    followed[order] = True
+    others = [left for lot in known.lots if len((left := lot.without(followed)).weights)]
     table = ExpectationTable(known.names, (*others, *lots), starts, silent_until, scales, energies)
     return table, Expected(shown, angles, norms, order)
 
@@ -188,8 +190,13 @@ def _is_known_since(lot: Lot, interval: Interval) -> bool:
 
 def _alike(interval: Interval, steps: WeightSteps, weights: Ints, lot_of: Ints) -> Iterator[Ints]:
     """Weights of a kind, apart by the lots that they go on from and by measured rates."""
-    for i in np.unique(lot_of[weights]).tolist():
-        part = weights[lot_of[weights] == i]
+    if not len(weights):
+        return
+    own = lot_of[weights]
+    # Nearly always they have all come the same way.
+    lots = [int(own[0])] if (own == own[0]).all() else np.unique(own).tolist()
+    for i in lots:
+        part = weights[own == i]
         if interval.reads_rates:
             yield part
             continue

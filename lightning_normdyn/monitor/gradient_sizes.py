@@ -5,7 +5,7 @@ not taken for the course of a norm. Numbers of the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, nan
+from math import nan
 from typing import NamedTuple
 
 import numpy as np
@@ -113,8 +113,11 @@ def averages(sizes: Sizes, most: int) -> Doubles:
         >>> averages(Sizes.from_values([(16.0, 1.0, 1.0, 1.0, 1.0, 1.0), (2.0,)], 20), 20).tolist()
         [3.5, 2.0]
     """
-    found = np.empty(len(sizes.counts), dtype=np.float64)
     # Of all weights at once that have as many rows: nearly always that is all of them.
+    length = int(sizes.counts[0])
+    if (sizes.counts == length).all():
+        return _averages_of(sizes.table[-length:], most)
+    found = np.empty(len(sizes.counts), dtype=np.float64)
     for length in np.unique(sizes.counts).tolist():
         weights = sizes.counts == length
         found[weights] = _averages_of(sizes.table[-length:, weights], most)
@@ -134,8 +137,14 @@ def _averages_of(table: Doubles, most: int) -> Doubles:
         # between neighbours, since a size that falls evenly does not scatter.
         squares = np.square(shares[1:] - shares[:-1])
         variance = squares.mean(0) / 2 / np.square(shares.mean(0))
-        rows = np.clip(np.nan_to_num(variance / MOST_ERROR**2, nan=inf), FEWEST_ROWS, most)
+        rows = variance / MOST_ERROR**2
+        # A variance that is no number is none that few rows would do for.
+        rows = np.where(rows <= most, np.maximum(rows, FEWEST_ROWS), most)
     counts = np.minimum(np.rint(rows).astype(np.int64), len(table))
+    count = int(counts[0])
+    if (counts == count).all():
+        alike: Doubles = table[-count:].mean(0)
+        return alike
     means = np.empty(table.shape[1], dtype=np.float64)
     for count in np.unique(counts).tolist():
         means[counts == count] = table[-count:, counts == count].mean(0)

@@ -225,6 +225,7 @@ class StepGauge:
             steered, invariant = effect.rotation is not None, target.scale_invariant
             of_matrices_of.append(of_matrices(quantities, invariant, steered=steered))
         self._warm = np.zeros(len(plan.targets), dtype=np.bool_)
+        self._known_places: tuple[list[int], list[int]] | None = None
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
         shrunk = any(effect.shrink or effect.decaying for effect in effects)
@@ -407,8 +408,13 @@ class StepGauge:
 
     def _places(self) -> list[int]:
         """For each target the place of its param group, by identity: a dict is no key."""
-        places = {id(group): i for i, group in enumerate(self.plan.optimizer.param_groups)}
-        return [places[id(group)] for group in self.plan.groups_of(self.plan.targets)]
+        groups = list(map(id, self.plan.optimizer.param_groups))
+        # A plan's groups stay those of its start, so that only a new one among them moves a place.
+        if self._known_places is None or self._known_places[0] != groups:
+            places = {group: i for i, group in enumerate(groups)}
+            of_targets = self.plan.groups_of(self.plan.targets)
+            self._known_places = groups, [places[id(group)] for group in of_targets]
+        return self._known_places[1]
 
     def _binned(self, values: list[Tensor], active: Tensor | None) -> Tensor:
         by_name = dict(zip(self.names, values, strict=False))

@@ -241,6 +241,8 @@ SHOWN = (
 OF_ONE_STEP = frozenset(["matrix_angle", "pull", "norm_drift"])
 """What the newest rows tell by themselves: no span of steps is looked for."""
 
+_RESTS_ON_SPANS = [place for place, name in enumerate(SHOWN) if name not in OF_ONE_STEP]
+
 
 def quantities_of(
     balances: BalanceTable,
@@ -262,8 +264,7 @@ def quantities_of(
         ``(7, w)``, the quantities `SHOWN`.
     """
     shown = np.full((len(SHOWN), len(balances.names)), nan, dtype=np.float64)
-    rests_on_spans = np.array([name not in OF_ONE_STEP for name in SHOWN], dtype=np.bool_)
-    asks_for_span = np.asarray(wanted[rests_on_spans].any(0))
+    asks_for_span = np.asarray(wanted[_RESTS_ON_SPANS].any(0))
     angle, drift, kappa, balanced, ratio, loss, pulls = shown
     for window in balances.windows.shared:
         places, rows = window.places, window.rows

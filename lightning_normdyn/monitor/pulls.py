@@ -159,7 +159,10 @@ def decay_of_vectors(plan: Plan, effects: Mapping[str, Effects]) -> Tensor | Non
     Returns:
         ``(n,)``, NaN where it does not act; None where it acts nowhere.
     """
-    # Weights of a group are mostly decayed alike, and there may be thousands of weights.
+    # Mostly there is no such callback, and thousands of weights need not be asked one by one.
+    if not any(effect.decaying for effect in set(effects.values())):
+        return None
+    # Weights of a group are mostly decayed alike.
     known: dict[tuple[int, Decaying], Number] = {}
     numbers: list[Number] = []
     for target, group in zip(plan.targets, plan.groups_of(plan.targets), strict=True):

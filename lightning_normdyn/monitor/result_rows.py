@@ -69,6 +69,8 @@ class ResultRow:
         self._weights = result.gauge.weights
         self._kinds = self._weights.kinds(result.places)
         self.averages = Averages(result.gauge.measured, reading.totals, reading.counts)
+        self._rates = self.averages.of("lr")
+        self._angles = self.averages.of("angular_update")
         self.blocks: list[Block] = []
 
         newest = ledger.counted.get(result.plan.index)
@@ -92,7 +94,7 @@ class ResultRow:
         norms = table_of(NormTable, ledger.norms, names)
         self.norms = norms.seen_at(number, averages.of("weight_norm"), averages.has("weight_norm"))
         rates = table_of(RateTable, ledger.rates, names)
-        has_rate, present = averages.has("lr"), averages.of("lr")
+        has_rate, present = averages.has("lr"), self._rates
         # One weight is enough: param groups may drop at different steps, and each drop is marked.
         self.has_dropped = bool((rates.have_dropped(present) & has_rate).any())
         self.rates = rates.then(present, has_rate)
@@ -107,7 +109,7 @@ class ResultRow:
         has_both = averages.has("lr") & averages.has("weight_norm")
         judged = self._weights.invariant & has_both
         # At a rate of 0 nothing moves: the last prediction stands.
-        moving = judged & (averages.of("lr") != 0)
+        moving = judged & (self._rates != 0)
         # A run that diverged has no prediction any more; its curves shall show where.
         rests_on = np.stack([averages.of(name, otherwise=0.0) for name in _RESTS_ON])
         diverged = moving & ~np.isfinite(rests_on).all(0)
@@ -122,7 +124,7 @@ class ResultRow:
         courses = courses.seen(judged)
         self.courses = courses.after(self._result.optimizer_step, predictions, taken)
 
-        measured = np.where(diverged, nan, averages.of("angular_update"))
+        measured = np.where(diverged, nan, self._angles)
         predicted = np.where(diverged, nan, predictions.angular_update)
         compared = taken & predictions.there & averages.has("angular_update")
         compared |= would_have
@@ -153,19 +155,19 @@ class ResultRow:
     def _predictions(self, predictor: Predictor, taken: Flags) -> Predictions:
         """Of the weights that are ``taken``, ``(w,)``."""
         predictions = Predictions.none(len(taken))
-        rates = self.averages.of("lr")
+        rates = self._rates
         means = self._means()
         for kind in self._kinds:
             chosen = kind.weights[taken[kind.weights]]
             # Where nobody can tell the rate, there is no prediction.
-            for rate in np.unique(rates[chosen]).tolist():
+            for rate in _different(rates[chosen]):
                 weights = chosen[rates[chosen] == rate]
                 alike = predictor.are_alike(kind.group, rate, kind.effects, kind.shape)
                 # Mostly all weights of a kind settle at the same angle, whatever their size.
                 lots = [weights] if alike else np.split(weights, len(weights))
                 for lot in lots:
                     first = int(lot[0])
-                    measured = {name: of_all[first] for name, of_all in means.items()}
+                    measured = {name: of_all.item(first) for name, of_all in means.items()}
                     predictions.put(lot, self._prediction_of(predictor, kind, first, measured))
         return predictions
 
@@ -175,13 +177,12 @@ class ResultRow:
         length = int(self._weights.lengths[place])
         return predictor.predict(kind.group, kind.effects, measured, length, kind.shape)
 
-    def _means(self) -> dict[str, list[float]]:
-        """By name, of each weight, what a prediction asks for; as lists, since a number of an array
-        is read ten times as slowly."""
+    def _means(self) -> dict[str, Doubles]:
+        """By name, of each weight, what a prediction asks for."""
         means = {}
         for name in ("lr", *_RESTS_ON):
             if self.averages.has(name).any():
-                means[name] = self.averages.of(name, otherwise=0.0).tolist()
+                means[name] = self.averages.of(name, otherwise=0.0)
         return means
 
     def _would_have_one(self, predictor: Predictor, weights: Flags) -> Flags:
@@ -189,7 +190,7 @@ class ResultRow:
         would_have = np.zeros_like(weights)
         if not weights.any():
             return would_have
-        rates = self.averages.of("lr").tolist()
+        rates = self._rates.tolist()
         for kind in self._kinds:
             for place in kind.weights[weights[kind.weights]].tolist():
                 measured = {"lr": rates[place], **dict.fromkeys(_RESTS_ON, 1.0)}
@@ -203,7 +204,7 @@ class ResultRow:
         """Walk the courses of scale-invariant weights up to this step, and compare with them."""
         weights, averages = self._weights, self.averages
         matrices = self._reading.matrices
-        rates, angles = averages.of("lr"), averages.of("angular_update")
+        rates, angles = self._rates, self._angles
         followed = weights.invariant & np.isfinite(rates) & np.isfinite(angles)
         # A single number has no direction.
         followed &= (weights.lengths >= 2) & ~weights.in_16_bits
@@ -255,7 +256,7 @@ class ResultRow:
         """
         if not weights.any():
             return
-        measured = self.averages.of("angular_update")
+        measured = self._angles
         # No weight has a length of 0 that anybody expects.
         known_norms = np.where(norms == 0, nan, norms)
         for i, name in enumerate(block.keys.quantities):
@@ -285,7 +286,7 @@ class ResultRow:
             BalanceRow(
                 result.optimizer_step,
                 self._reading.matrices,
-                self.averages.of("lr"),
+                self._rates,
                 strength,
                 passed,
                 is_known,
@@ -335,7 +336,7 @@ class ResultRow:
         passed = np.zeros((4, width), dtype=np.float64)
         is_known = np.zeros(width, dtype=np.bool_)
         is_set = np.zeros(width, dtype=np.bool_)
-        now = End(self._interval.number, self.averages.of("lr"), self._reading.matrices.size)
+        now = End(self._interval.number, self._rates, self._reading.matrices.size)
         together: dict[tuple[int, Effects], list[Ints]] = {}
         for kind in self._kinds:
             together.setdefault((kind.group, kind.effects), []).append(kind.weights)
@@ -370,6 +371,15 @@ class ResultRow:
             strength = strength_of(self._interval.optimizer, then, effects)
             steps.append(Taken(stretch.first, stretch.last, strength, lr))
         return steps
+
+
+def _different(rates: Doubles) -> list[float]:
+    """The different ones of some rates, without NaN."""
+    # Nearly always all weights of a kind have one rate.
+    if len(rates) and (rates == rates[0]).all():
+        return [float(rates[0])]
+    known: list[float] = np.unique(rates[~np.isnan(rates)]).tolist()
+    return known
 
 
 def _passed(before: End, now: End, steps: list[Taken]) -> Passed:
