@@ -588,13 +588,12 @@ def coherence(
         >>> float(coherence(1.0, 1.0, [1e-4] * 50, [1e-5] * 50).round(3))  # settled
         20.001
     """
-    first, last, shares, squares = _doubles(norm_first, norm_last, pulls, squared_angles)
-    decayed = _over_steps(torch.log1p(-shares))
-    turned = _over_steps(squares)
-    growth = 2 * torch.log(last / first) - 2 * decayed
-    return _as_given(
-        (growth / turned).where(turned > 0, math.nan), norm_first, pulls, squared_angles
-    )
+    xp, (first, last, shares, squares) = _doubles(norm_first, norm_last, pulls, squared_angles)
+    with np.errstate(all="ignore"):
+        decayed = _over_steps(xp.log1p(-shares))
+        turned = _over_steps(squares)
+        growth = 2 * xp.log(last / first) - 2 * decayed
+        return _as_number(xp.where(turned > 0, growth / turned, math.nan))
 
 
 def balanced_angular_update(pull: Numbers, coherence: Numbers) -> Any:
@@ -611,9 +610,10 @@ def balanced_angular_update(pull: Numbers, coherence: Numbers) -> Any:
         >>> float(balanced_angular_update(1e-4, 20.0).round(6))
         0.003162
     """
-    share, kappa = _doubles(pull, coherence)
-    angle = (2 * share / kappa).sqrt()
-    return _as_given(angle.where(kappa > 0, math.nan), pull, coherence)
+    xp, (share, kappa) = _doubles(pull, coherence)
+    with np.errstate(all="ignore"):
+        angle = xp.sqrt(2 * share / kappa)
+        return _as_number(xp.where(kappa > 0, angle, math.nan))
 
 
 def loss_decay(
@@ -644,9 +644,10 @@ def loss_decay(
         >>> float(loss_decay(3e-4, 1e-3, 0.0, 1e-2, 19.0).round(6))
         0.65
     """
-    share, rate, change, theta, noise = _doubles(pull, lr, drift, angle, noise_coherence)
-    inwards = noise * theta.square() / 2 - change - share
-    return _as_given(inwards / rate, pull, lr, drift, angle, noise_coherence)
+    xp, (share, rate, change, theta, noise) = _doubles(pull, lr, drift, angle, noise_coherence)
+    with np.errstate(all="ignore"):
+        inwards = noise * xp.square(theta) / 2 - change - share
+        return _as_number(inwards / rate)
 
 
 def coherence_error(
@@ -668,33 +669,33 @@ def coherence_error(
         >>> float(coherence_error(5e-3, 19.0, 200, 4096).round(3))
         0.101
     """
-    theta, kappa, length, size = _doubles(angle, coherence, steps, entries)
-    error = 2 / (theta * (kappa.abs() * length * size).sqrt())
-    return _as_given(error, angle, coherence, steps, entries)
+    xp, (theta, kappa, length, size) = _doubles(angle, coherence, steps, entries)
+    with np.errstate(all="ignore"):
+        return _as_number(2 / (theta * xp.sqrt(xp.abs(kappa) * length * size)))
 
 
-def _doubles(*values: Numbers) -> list[Tensor]:
-    """As float64 tensors, on the device of those that are tensors."""
+def _doubles(*values: Numbers) -> tuple[Any, list[Any]]:
+    """Numbers as float64, and the library that has formulas for them: torch, on the device of those
+    that are tensors, or numpy without any, which takes half as long for few numbers."""
     devices = [value.device for value in values if isinstance(value, Tensor)]
-    device = devices[0] if devices else torch.device("cpu")
+    if not devices:
+        return np, [np.asarray(value, dtype=np.float64) for value in values]
     # Apple GPUs have no float64.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float32 if devices[0].type == "mps" else torch.float64
     tensors = []
     for value in values:
         given = value if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
-        tensors.append(torch.as_tensor(given, dtype=dtype, device=device))
-    return tensors
+        tensors.append(torch.as_tensor(given, dtype=dtype, device=devices[0]))
+    return torch, tensors
 
 
-def _over_steps(x: Tensor) -> Tensor:
-    return x if x.dim() == 0 else x.sum(0)
+def _over_steps(x: Any) -> Any:
+    return x if x.ndim == 0 else x.sum(0)
 
 
-def _as_given(result: Tensor, *values: Numbers) -> Any:
-    """A tensor if one was given, else numpy's array or number."""
-    if any(isinstance(value, Tensor) for value in values):
-        return result
-    return result.numpy()[()]
+def _as_number(result: Any) -> Any:
+    """A tensor or an array as it is; of numpy's arrays without dimensions the number."""
+    return result if isinstance(result, Tensor) else result[()]
 
 
 # ---- What the weights look like in the space of their inputs (WRS paper) ----

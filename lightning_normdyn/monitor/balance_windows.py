@@ -208,7 +208,7 @@ def spans_of(window: SharedWindow, weights: Ints, entries: Doubles) -> tuple[Spa
     numbers = np.array(window.numbers, dtype=np.float64)
     rows = np.stack(window.rows)[:, :, weights]
     starts = newest_starts(numbers, rows, entries)
-    first = np.take_along_axis(rows, starts[None, None], 0)[0]
+    first = rows[starts, :, np.arange(len(weights), dtype=np.int64)].T
     last = rows[-1]
     passed = last - first
     span = Span(

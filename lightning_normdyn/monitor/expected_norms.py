@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, nan, pi
 from typing import Any, NamedTuple
 
@@ -107,6 +108,11 @@ class Interval:
     number: int
     stretches: Sequence[Stretch]
     reads_rates: bool = True
+
+    @cached_property
+    def optimizer_class(self) -> type:
+        """The class whose courses the weights take."""
+        return class_for_predictions(self.optimizer)
 
 
 def follow(
@@ -247,7 +253,7 @@ class _Walk:
         self._interval = interval
         self._kind = kind
         self._before = before
-        self._class = class_for_predictions(interval.optimizer)
+        self._class = interval.optimizer_class
         self._lr = float(steps.rates[weights[0]])
         self._group = {**interval.groups[kind.group], "lr": self._lr}
         self._dims = steps.dims[weights]
@@ -373,10 +379,11 @@ class _Walk:
         if not (now.counts > 0).all():
             return None
         means = averages(now, most)
-        has_earlier = earlier.counts > 0
         then = means.copy()
-        if has_earlier.any():
-            (weights,) = np.nonzero(has_earlier)
+        (weights,) = np.nonzero(earlier.counts > 0)
+        # Between neighbouring rows lies no step that the earlier size is asked for.
+        has_steps_between = self._before is None or self._before.number + 1 < self._interval.number
+        if len(weights) and has_steps_between:
             then[weights] = averages(earlier.at(weights), most)
         return then, means
 

@@ -148,11 +148,12 @@ class Measured:
         rows = 2 * kinds + WHOLE + 1
         width = len(self.plan.targets)
         table = numbers[: rows * width].reshape(rows, width)
-        totals, counts, sums, collapsed = np.split(table, np.cumsum([kinds, kinds, WHOLE]))
+        totals, counts = table[:kinds], table[kinds : 2 * kinds]
+        sums = table[2 * kinds : -1]
         histograms = {}
         if self.binned is not None:
             histograms = self._histograms(numbers[rows * width : -1])
-        return Reading(totals, counts, MatrixSums(*sums), collapsed[0], histograms)
+        return Reading(totals, counts, MatrixSums(*sums), table[-1], histograms)
 
     def _histograms(self, numbers: Doubles) -> dict[str, Histogram]:
         found = {}

@@ -270,7 +270,7 @@ class ResultRow:
             block.there[i, told] = True
         squares = self.averages.totals_of("angular_update")[weights]
         counts = self.averages.counts_of("angular_update")[weights]
-        norm = np.nan_to_num(norms[weights], nan=0.0)
+        norm = np.where(np.isnan(norms[weights]), 0.0, norms[weights])
         angle = angles[weights]
         sums = (squares, angle * angle * counts, norm * norm * counts, counts)
         self.awaited += [terms.sum() for terms in sums]
