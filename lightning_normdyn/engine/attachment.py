@@ -399,9 +399,14 @@ class Attempts:
         # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
         brackets = self._attachment.brackets
         is_second = any(b.stepping and b.evaluations > 1 for b in brackets)
-        if is_second or steps_in_two_phases(without_framework(optimizer)):
+        outer = without_framework(optimizer)
+        # What is known of it from when it was bracketed need not be found out in every step.
+        known = [entry for entry in self._attachment.entries if entry.outer is outer]
+        in_two_phases = known[0].return_check is not None if known else steps_in_two_phases(outer)
+        if is_second or in_two_phases:
             return
-        weights = (p for part in torch_optimizers(optimizer) for p in held_by(part))
+        parts = [entry.optimizer for entry in known] or torch_optimizers(optimizer)
+        weights = (p for part in parts for p in held_by(part))
         accumulating = accumulates(self._trainer.strategy.model)
         is_attempt = not accumulating and any(map(has_gradient, weights))
         self.count += is_attempt

@@ -342,8 +342,7 @@ class Plan:
         if active is not None:
             good = good & active
         # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
-        guarded = torch.where(good, values, torch.full_like(values, neutral))
-        return step.unless_skipped(guarded, neutral)
+        return step.unless_skipped(torch.where(good, values, neutral), neutral)
 
     def guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `guarded` takes in this step: ``bad``, who is active, and whether the update is

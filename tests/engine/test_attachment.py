@@ -225,6 +225,7 @@ class Fit:
         self.net = nn.Linear(2, 2)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
         self.seen, self.brackets, self.accumulating = 0, [], False
+        self.entries = []
         counts = {
             "total": SimpleNamespace(ready=0),
             "current": SimpleNamespace(started=0, processed=0),
