@@ -87,6 +87,7 @@ class BrakeWorker(Worker["RadialBrake"]):
     def rehearse(self, step: Step) -> None:
         """Sums, factors and the change of lengths."""
         vectors = self.plan.vectors
+        # The weights stand in for the copy that is not there yet: only its layout matters.
         factor, *_ = self._worked_out(vectors.values(), self.plan.expected_guards(step))
         vectors.scale_(factor)
 

@@ -161,6 +161,7 @@ def shortened_by_totals(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """`shortened_by_gates` from the numbers of weights: totals of `step_sums` and `gate_sums`."""
+    # Tested anew for each vector: a launch for a few hundred weights would cost more.
     layer_ss, layer_sd, *of_gates = [of_weights[weight_of] for of_weights in numbers[:7]]
     open_gates = gates(delta, *of_gates)
     return shortened_by_gates(ss, sd, layer_ss, layer_sd, *open_gates, *numbers[7:])
@@ -255,6 +256,7 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def _rehearse_gates(self, share: tuple[Any, ...]) -> None:
         vectors = self.plan.vectors
+        # The weights stand in for gradients and copies: only the layout matters.
         values, delta = vectors.values(), self.rule.delta
         _, of_gates = take_with_totals(vectors, products(vectors, values), gate_sums, (delta,))
         taken, of_step = take_with_totals(vectors, radial(vectors, values), step_sums)

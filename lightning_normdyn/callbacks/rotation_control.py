@@ -93,6 +93,7 @@ def turned(
     """
     kept = dict(zip(names, memory, strict=True))
     treated = are_treated(torch.ones_like(bad), active, skipped)
+    # A result in any case: how many there are must not depend on the rule's numbers.
     lost = torch.zeros_like(ww)
     if decays is not None:
         assert rates is not None
@@ -231,6 +232,7 @@ class RotationWorker(Worker["RotationControl"]):
 
     def rehearse(self, step: Step) -> None:
         """Sums, stretches and factors, and the change of the step."""
+        # The weights stand in for the copy that is not there yet: only its layout matters.
         values = self.plan.vectors.values()
         self._change(values, self._worked_out(step, values, self.plan.expected_guards(step)))
 
@@ -245,6 +247,7 @@ class RotationWorker(Worker["RotationControl"]):
         vectors = plan.vectors
         decays, owned = self._decays(step)
         numbers = self.rule.rotation, self._rates(), self._told(step), decays, owned
+        # Their names are part of the program, their numbers are written where they lie.
         memory = tuple(self.memory), *self.memory.values()
         return work_out(
             vectors,

@@ -157,6 +157,7 @@ class PacedDecay(Worker["WeightDecay"]):
             if not 0 <= share * rate <= LARGEST_SHARE:
                 return None
             pulls.append(share * rate)
+        # Nothing of it is needed, but the step counts as one in which the rule acted.
         plan.guards(step)
         return pulls
 
@@ -321,6 +322,7 @@ class CautiousDecayWorker(PacedDecay):
         """The shares, where the host does not know them, and the decay."""
         vectors = self.plan.vectors
         pull = self._worked_out(self.plan.expected_guards(step), step)[0]
+        # The weights stand in for the copy that is not there yet: only its layout matters.
         vectors.decay_shortened_(pull, vectors.values())
 
     @during(Phase.LOOK_AGAIN)

@@ -183,6 +183,7 @@ def _compiled(
         if isinstance(sums, Sums):
             return _from_slots(kernels, formula, sums, arguments, ())
         return _of_taken(kernels, formula, sums, arguments, ())
+    # What comes next needs results of the right form, so torch makes some of zeros.
     count = 0
     if sums is not None:
         count = sums.how.results if isinstance(sums, Sums) else len(sums.values)
@@ -314,6 +315,7 @@ def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:
     values = taken.values
     if taken.from_slots and isinstance(kernels, TritonKernels):
         values = kernels.combined(values)
+    # Vectors on several ranks have only their part in the slots of this one.
     if taken.completed is not None:
         vectors.put_back(values, taken.completed, vectors.message)
     return values

@@ -193,6 +193,7 @@ def _per_weight(
     outputs: Sequence[str],
 ) -> list[str]:
     """The vectors of one weight for each program, V at a time, and the sums of their results."""
+    # V at a time and in a fixed order: the same bits every time, without atomics.
     totals = [f"t{i}" for i in range(len(outputs))]
     head = ["weight = tl.program_id(0)", "stop = tl.load(starts + weight + 1)"]
     head += [f"{total} = tl.zeros([V], dtype=tl.float64)" for total in totals]
@@ -354,6 +355,7 @@ def _expression(node: Node, names: dict[Node, str]) -> str:
 def _power(args: Sequence[Any], value: Callable[[int], str]) -> str:
     """A whole power, or a power of a positive number."""
     base, exponent = args
+    # By products: through a logarithm a 64th power would lose two digits.
     if not isinstance(exponent, Node):
         if exponent != int(exponent) or abs(exponent) > 127:
             raise Unfit(f"a formula has the power {exponent}")

@@ -245,6 +245,7 @@ class TritonKernels(Kernels):
         try:
             if packed.dtype != torch.float64 or not packed.is_contiguous():
                 raise Unfit("a program completes float64 alone")
+            # Written where they lie: callers hold views of them.
             rows = packed.view(-1, packed.shape[-1])
             sums = completed.view(len(rows), -1)
             formula = of_completed(_as_they_are, len(rows))
@@ -331,6 +332,7 @@ class TritonKernels(Kernels):
         """
         program, source = self._program_of(formula, slots, arguments, starts=starts)
         weights = len(starts) - 1
+        # In one piece, since they may have to be added up over ranks.
         totals = torch.empty(len(source.dtypes), weights, dtype=torch.float64, device=self._device)
         self._run(
             program,
@@ -497,6 +499,7 @@ class TritonKernels(Kernels):
             # All of them are compiled before the first of them writes.
             for launch in launches:
                 self._compile(program, launch)
+            # The fit has not begun to write: a launch now would do what its step is to do.
             if self.only_compiles:
                 return
             for grid, arguments, constants in launches:
@@ -513,7 +516,7 @@ class TritonKernels(Kernels):
         if self._device.type != "cuda":
             return  # the interpreter compiles nothing
         grid, arguments, constants = launch
-        kinds = [getattr(argument, "dtype", None) for argument in arguments]
+        kinds = [_kind_of(argument) for argument in arguments]
         variant = (program, self._device, *kinds, *map(str, constants))
         if variant in self.seconds:
             return
@@ -537,6 +540,14 @@ class TritonKernels(Kernels):
         if self._device.type == "cuda":
             return torch.cuda.device(self._device)
         return nullcontext()
+
+
+def _kind_of(argument: Any) -> Any:
+    """What a compiled program knows of an argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype
+    # Triton hands over a whole number in as many bits as it needs.
+    return isinstance(argument, int) and not -(2**31) <= argument < 2**31
 
 
 def _over_rows(part: Part, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Launch:

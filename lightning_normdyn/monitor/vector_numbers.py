@@ -120,14 +120,17 @@ def numbers_of_vectors(
     has_diverged = ~torch.isfinite(sums.ww + sums.gg + sums.ss + sums.dd)
     numbers, counts = [], []
     for number, value in enumerate(values):
+        # Left out of means: a number that is undefined, but not one of a weight that has diverged.
         counted = value.isfinite() | has_diverged
         if active is not None:
             counted = counted & active
         kept = value.where(counted, 0.0)
+        # Sums of squares add up over ranks and optimizers, roots do not.
         is_rms = number < len(names) and QUANTITIES[names[number]].average == "rms"
         numbers.append(kept.square() if is_rms else kept)
         counts.append(counted.to(kept.dtype))
     size = sums.size
+    # One infinite length would raise the mean, and all other vectors would look collapsed.
     return *numbers, *counts, *sums.whole, size.nan_to_num(0.0, 0.0, 0.0), size, idle_steps
 
 
