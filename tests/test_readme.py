@@ -191,6 +191,7 @@ def run_in(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[st
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.long
 def test_the_wheel_in_an_empty_environment_does_what_readme_shows(tmp_path):
     pip = (sys.executable, "-m", "pip")
     built = run_in(*pip, "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT, folder=tmp_path)

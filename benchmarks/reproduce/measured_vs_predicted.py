@@ -90,9 +90,10 @@ def prediction(args: Any, weight_decay: float) -> Prediction:
 
 def has_settled(run: desk.Run, layer: str, foreseen: Prediction) -> bool:
     """By its norm alone: angles are what is compared here."""
-    course = Course()
-    for step in run.history.column(f"angular_update/{layer}")[0].tolist():
-        course.add(step + 1, foreseen)
+    steps = [int(step) + 1 for step in run.history.column(f"angular_update/{layer}")[0]]
+    # One prediction holds for the whole run, so relaxation times go by evenly.
+    elapsed = steps[-1] / foreseen.relaxation
+    course = Course(foreseen, steps[-1], elapsed, [(steps[0], foreseen.pull)])
     return norm_has_settled(run.history, layer, course)
 
 
