@@ -184,8 +184,10 @@ class Recording(Part[Any]):
             if is_first and self.rule.tables:
                 self.alarms.idle_decays(self.gauges.values())
             if sent.shown and self.trainer.loggers:
-                unbalanced = self.stand_ins.after(row.step, row.values, self.ledger.history)
-                shown = for_loggers(row.values, self.quantities, unbalanced)
+                # A plain dictionary: each key is looked up several times.
+                values = dict(row.values.items())
+                unbalanced = self.stand_ins.after(row.step, values, self.ledger.history)
+                shown = for_loggers(values, self.quantities, unbalanced)
                 publish_row(self.trainer.loggers, shown, draft.histograms, row.step)
         publish_to_trainer(self.trainer, row.values)
 

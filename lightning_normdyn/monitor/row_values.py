@@ -8,7 +8,7 @@ Legend: ``q`` quantities, ``w`` weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -110,6 +110,10 @@ class RowValues(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self._by_key)
+
+    def items(self) -> ItemsView[str, float]:
+        """Keys and numbers, without looking each of them up."""
+        return self._by_key.items()
 
 
 __all__ = ["Block", "RowValues", "WeightKeys"]
