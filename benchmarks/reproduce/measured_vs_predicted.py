@@ -580,7 +580,8 @@ def main() -> None:
         first 100 steps gradients of successive batches point one way, so steps add up and weights turn faster than noise would turn them,
         whatever is known of sizes. Then gradients fall with the loss, while a second moment with a memory of 1,000 steps still divides by
         the larger ones of before: angles are smaller than expected in the middle of the run, less so with pixel noise, with beta2 .99, or
-        where sizes are followed. Last, wrong labels that stay are learnt by heart: gradients vanish, and nothing of that is in a schedule.
+        where sizes are followed. Last, wrong labels that stay are learnt by heart without pixel noise: gradients vanish, and no schedule
+        tells that.
         In narrow networks the size of gradients rises at first instead, so that early windows are too fast. SGD's steps are as long as its
         gradients, so there is nothing to expect without their size ("-")."""
     )
