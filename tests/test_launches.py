@@ -316,10 +316,13 @@ MANY = ("aws", "projection, told by a copy", "decay", "monitor")
 
 def cases():
     for case in BUDGETS:
-        # A fit of so many layers takes seconds, and the kernels of other rules are those of these.
-        for number in (4, 50, 560) if case in MANY else (4, 50):
-            is_quick = case in QUICK and number == 4
-            yield pytest.param(case, number, marks=[] if is_quick else [pytest.mark.slow])
+        for number in (4, 50, 560):
+            marks = [] if case in QUICK and number == 4 else [pytest.mark.slow]
+            # A fit of so many layers takes seconds, and the kernels of other rules are those of
+            # these.
+            if number == 560 and case not in MANY:
+                marks.append(pytest.mark.rare)
+            yield pytest.param(case, number, marks=marks)
 
 
 @pytest.mark.parametrize(("case", "number"), list(cases()))

@@ -149,8 +149,8 @@ class CourseTable:
         return self._replaced(known=self.known | weights)
 
     def after(self, step: int, predictions: Predictions, taken: Flags) -> CourseTable:
-        """With the predictions of an optimizer step, of the weights that are ``taken``, ``(w,)``:
-        the same as `Course.add` does for one."""
+        """With the predictions of an optimizer step, of the weights that are ``taken``,
+        ``(w,)``."""
         moves = taken & predictions.there & (predictions.relaxation > 0)
         with np.errstate(all="ignore"):
             # Steps since the last look went by at this rate.
