@@ -27,7 +27,7 @@ from lightning_normdyn import (
     WeightDecay,
     WeightRescaling,
 )
-from lightning_normdyn.callbacks.radial_projection import ProjectWorker
+from lightning_normdyn.callbacks.radial_projection import ProjectWorker, gates
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.monitor import balance
 from lightning_normdyn.optimizers.step import Phase
@@ -249,13 +249,13 @@ def test_the_matrix_says_something():
         if name != "monitor":
             assert distance(found[name][0], quiet[optimizer]) > 1e-4, name
 
-    def gates() -> list[bool]:
+    def watched_gates() -> list[bool]:
         seen: list[bool] = []
 
         class Watching(ProjectWorker):
             @during(Phase.PROJECT)
             def project(self, step: Any) -> None:
-                by_filter, by_layer = self.gates
+                by_filter, by_layer = gates(self.rule.delta, *self.gate_totals)
                 seen.extend((by_filter | by_layer).tolist())
                 super().project(step)
 
@@ -265,7 +265,7 @@ def test_the_matrix_says_something():
         fit(STRATEGIES["ddp"], lambda: [Watched(gate="cosine", delta=0.5)], optimizer=sgd)
         return seen
 
-    opened = run_ranks(gates, 1)[0]
+    opened = run_ranks(watched_gates, 1)[0]
     assert any(opened)
     assert not all(opened)
 

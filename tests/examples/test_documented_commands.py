@@ -264,6 +264,7 @@ CASES = {
 TOO_LONG = {
     "python examples/noisy_rayleigh_quotient.py --lightning",
     "make test-clients",
+    "make test-rare",
     "make test-versions",
 }
 
