@@ -56,8 +56,7 @@ def pytest_collection_modifyitems(items):
     neighbours of the two values that it needs, so of a test that is marked ``pairwise`` what the
     slow suite need not run is ``rare``.
 
-    With ``NORMDYN_TEST_MEMBERS=2`` two parametrizations of each test are enough, and the rest is
-    rare."""
+    With ``NORMDYN_TEST_MEMBERS=1`` one parametrization of each test is enough, and the rest is rare."""
     for (_, *numbers), family in families_of(items, "sampled").items():
         # What `make test` leaves out anyway would be no sample of it.
         candidates = [item for item in family if not is_left_out(item)]

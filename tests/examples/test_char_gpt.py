@@ -121,7 +121,15 @@ def run_script(script: Path, folder: Path, *flags: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["aws", "projection", "wrs"])
+@pytest.mark.parametrize(
+    "method",
+    # Two whole trainings each; tests/test_strategies.py has every rule under every strategy.
+    [
+        pytest.param("aws", marks=pytest.mark.rare),
+        "projection",
+        pytest.param("wrs", marks=pytest.mark.rare),
+    ],
+)
 def test_two_cpu_ranks_have_the_same_curves_under_ddp_and_fsdp2(
     examples_folder: Path, tmp_path: Path, method: str
 ) -> None:
