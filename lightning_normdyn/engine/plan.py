@@ -111,12 +111,18 @@ def guarded(
         >>> guarded(values, 1.0, bad, None, None)
         (tensor([2., 1.]), tensor([False,  True]))
     """
-    # Two comparisons where `isfinite` is four operations; NaN fails both.
-    good = values.abs() < inf
-    if norms is not None:
-        good = good & (norms > 0) & (norms < inf)
+    good = _are_sound(values, norms)
     # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
     return torch.where(are_treated(good, active, skipped), values, neutral), bad | ~good
+
+
+def _are_sound(values: Tensor, norms: Tensor | None) -> Tensor:
+    """``(n,)``: whose value is finite, and whose norm, where norms are given, is a length."""
+    # Two comparisons where `isfinite` is four operations; NaN fails both.
+    sound = values.abs() < inf
+    if norms is not None:
+        sound = sound & (norms > 0) & (norms < inf)
+    return sound
 
 
 def are_treated(
@@ -333,9 +339,7 @@ class Plan:
         non-finite number. The last two are remembered in ``bad``.
         """
         # Everything stays on the device: who is left alone is read when somebody asks for it.
-        good = values.abs() < inf
-        if norms is not None:
-            good &= (norms > 0) & (norms < inf)
+        good = _are_sound(values, norms)
         self.bad |= ~good
         active = self.active(step)
         self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))

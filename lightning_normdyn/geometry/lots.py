@@ -233,15 +233,20 @@ class Stack(Lot):
         """See `Lot.put_back`."""
         if view is None:
             return
-        parts = view.view(-1, *self._inner).split_with_sizes(self._sizes)
         changed: list[Any] = []
         values = []
+        parts = self._parts(view, position)
         for weight, part in zip(self.weights, parts, strict=True):
             if all(operand[weight] is not None for operand in operands):
                 changed.append(operands[position][weight])
                 values.append(part)
         if changed:
             torch._foreach_copy_(changed, values)
+
+    def _parts(self, view: Tensor, position: int) -> Sequence[Tensor]:
+        """The numbers of each weight in the view of the operand at a place, in the weight's own
+        shape."""
+        return view.view(-1, *self._inner).split_with_sizes(self._sizes)
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """See `Lot.scale_`."""
@@ -369,19 +374,14 @@ class Padded(Stack):
         position: int,
     ) -> None:
         """See `Lot.put_back`."""
-        if view is None:
-            return
-        changed: list[Any] = []
-        values = []
+        super().put_back(view, operands, position)
+        if view is not None:
+            # What was written behind the rows may be NaN, and would be summed in the next pass.
+            view.zero_()
+
+    def _parts(self, view: Tensor, position: int) -> Sequence[Tensor]:
         _, parts = self._buffer(position, view)
-        for weight, part in zip(self.weights, parts, strict=True):
-            if all(operand[weight] is not None for operand in operands):
-                changed.append(operands[position][weight])
-                values.append(part)
-        if changed:
-            torch._foreach_copy_(changed, values)
-        # What was written behind the rows may be NaN, and would be summed in the next pass.
-        view.zero_()
+        return parts
 
     def without_zeros(self) -> list[Lot]:
         """See `Lot.without_zeros`: stacks of rows of equal length."""

@@ -24,6 +24,10 @@ from .partition import Partition
 from .pieces import Piece, Placement, Shape, distinct, itself, untested
 from .reduction import all_reduce, groups_of, held_everywhere, of_all_ranks, world_size
 
+# Asked of every weight in every step, so without a Python frame for each.
+GRADIENT = attrgetter("grad")
+VERSION = attrgetter("_version")
+
 
 def place_all(
     weights: Sequence[Tensor],
@@ -186,7 +190,7 @@ def gradient_of(weight: Tensor) -> Tensor | None:
 def gradients_of(weights: Iterable[Tensor]) -> list[Tensor | None]:
     """`gradient_of` each weight."""
     # For every weight of every step: a call for each would take longer than what it asks.
-    return list(map(gradient_of if knows_slices() else _GRADIENT, weights))
+    return list(map(gradient_of if knows_slices() else GRADIENT, weights))
 
 
 def with_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -211,7 +215,7 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     tensors = list(tensors)
     # The common case without a Python frame for each.
     if not knows_slices() and _ITSELF.issuperset(map(type, tensors)):
-        return list(map(_VERSION, tensors))
+        return list(map(VERSION, tensors))
     versions = []
     any_sliced = knows_slices()
     for tensor in tensors:
@@ -223,9 +227,6 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
             versions.append(tensor._version)
     return versions
 
-
-_GRADIENT = attrgetter("grad")
-_VERSION = attrgetter("_version")
 
 # Types of tensors that are nothing but their numbers.
 _ITSELF = frozenset([Tensor, nn.Parameter])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
@@ -24,12 +23,8 @@ from .kernels import RowIndex, sum_dtype
 from .partition import Partition
 from .passes import Operand, Pair, Pass
 from .pieces import Runs, itself
-from .placement import hidden_entries, is_plain, place_all, version_of
+from .placement import GRADIENT, VERSION, hidden_entries, is_plain, place_all, version_of
 from .reduction import Message, Reduction, Summarize
-
-# Asked of every weight in every step, so without a Python frame for each.
-_GRADIENT = attrgetter("grad")
-_VERSION = attrgetter("_version")
 
 
 class HasGradients(Protocol):
@@ -201,7 +196,7 @@ class WeightVectors(Reduction):
     def gradients(self) -> list[Tensor | None]:
         """The gradients as the optimizer receives them; None where a weight has none."""
         if self._needs_no_view:
-            return list(map(_GRADIENT, self.weights))
+            return list(map(GRADIENT, self.weights))
         return [p.gradient(w) for p, w in zip(self._placements, self.weights, strict=True)]
 
     def has_gradient(self, step: HasGradients) -> tuple[bool, ...]:
@@ -221,7 +216,7 @@ class WeightVectors(Reduction):
         """For each weight how often its numbers were written to, as torch counts it."""
         # Asked for in every step: looking for something inside or behind a weight costs more.
         if self._plain:
-            return list(map(_VERSION, self.weights))
+            return list(map(VERSION, self.weights))
         return [version_of(weight) for weight in self.weights]
 
     def snapshots(self, bracket: HasSnapshots) -> list[Tensor | None]:
