@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import Partition, WeightVectors
+from lightning_normdyn.geometry import formulas
 
 
 def _rows_without(shape: tuple[int, ...], rows: list[int]) -> Partition:
@@ -50,6 +51,23 @@ def summary(sums: Tensor, length: Tensor) -> Tensor:
     return torch.stack(
         [sums[0].sqrt() * length, sums[0] / (1 + sums[1].square()), torch.ones_like(length)]
     )
+
+
+def as_they_are(*sums: Tensor) -> tuple[Tensor, ...]:
+    return sums
+
+
+def summary_of_sums(first: Tensor, second: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+    return tuple(summary(torch.stack([first, second]), length))
+
+
+def worked_out(vectors: WeightVectors, before: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """Sums as formulas get them, and what comes with totals: ``(..., n)`` all, and the totals."""
+    moved = formulas.work_out(vectors, as_they_are, formulas.displacement(vectors, before))
+    sums = formulas.radial(vectors, before)
+    taken, totals = formulas.take_with_totals(vectors, sums, summary_of_sums)
+    radial = formulas.work_out(vectors, as_they_are, taken)
+    return torch.stack([*moved, *radial]), totals
 
 
 def compare(
@@ -107,10 +125,16 @@ def compare(
         close(
             ours.gather(ours.displacement(before)), theirs.gather(theirs.displacement(whole(names)))
         )
+        sums, totals = count("formulas", lambda: worked_out(ours, before))
+        sums_of_whole, totals_of_whole = worked_out(theirs, whole(names))
+        close(ours.gather(sums), theirs.gather(sums_of_whole))
+        close([totals], [totals_of_whole])
         ours.add_scaled_(-0.5 * ours.scatter(factors), before)
         theirs.add_scaled_(-0.5 * theirs.scatter(factors), whole(names))
         close(reassemble(), full)
-    assert counted == {"scale_": 0, **collectives}
+    # One for each of the two kinds of sums.
+    of_formulas = collectives["inner"] + collectives["inner_and_totals"]
+    assert counted == {"scale_": 0, "formulas": of_formulas, **collectives}
 
 
 def mesh_of(*shape: int) -> Any:

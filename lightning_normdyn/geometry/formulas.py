@@ -18,7 +18,7 @@ from . import passes
 from .fusion import Formula, Number
 from .kernels import Kernels
 from .passes import Operand, Pass
-from .reduction import all_reduce
+from .reduction import Message, all_reduce
 from .triton_kernels import TritonKernels, of_completed, radial_of_step
 from .triton_tables import Unfit
 from .vectors import WeightVectors
@@ -89,15 +89,22 @@ class Taken:
     Args:
         values: ``(K, n)``; or ``(K, S)``, still to be added up from the slots of each vector.
         from_slots: which of the two.
-        completed: ``(K, size)``, the sums of vectors that lie on several ranks, in the place that
-            ``place`` says; None: there are none, or they are in ``values``.
-        place: int64 ``(n,)``; -1: in ``values``.
+        message: which vectors lie on several ranks; None: there are none, or their sums are in
+            ``values``.
+        completed: ``(K, size)``, their sums, as they were sent.
     """
 
     values: Tensor
     from_slots: bool
+    message: Message | None = None
     completed: Tensor | None = None
-    place: Tensor | None = None
+
+    def of(self, formula: Formula, arguments: Sequence[Any]) -> tuple[Formula, Sequence[Any]]:
+        """The same formula of what lies here, and what it takes behind ``values``."""
+        if self.message is None or self.completed is None:
+            return formula, arguments
+        numbers = self.message.place, *self.completed.unbind(), *arguments
+        return of_completed(formula, len(self.completed)), numbers
 
 
 def fuses_formulas(vectors: WeightVectors) -> bool:
@@ -177,9 +184,7 @@ def _compiled(
         if not isinstance(kernels, TritonKernels):
             raise Unfit("torch compiles nothing")
         if isinstance(sums, Sums) and vectors.cut:
-            slots, message = _slots_of(kernels, sums), vectors.message
-            parts = kernels.combined_over(slots, message.parts)
-            sums = Taken(slots, True, parts, message.place)
+            sums = _sent_over_ranks(vectors, kernels, sums)
         if isinstance(sums, Sums):
             return _from_slots(kernels, formula, sums, arguments, ())
         return _of_taken(kernels, formula, sums, arguments, ())
@@ -187,8 +192,11 @@ def _compiled(
     count = 0
     if sums is not None:
         count = sums.how.results if isinstance(sums, Sums) else len(sums.values)
-    rows = torch.zeros(count, vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
-    return formula(*rows, *_plain(arguments))
+    return formula(*_zeros(vectors, count), *_plain(arguments))
+
+
+def _zeros(vectors: WeightVectors, count: int) -> Tensor:
+    return torch.zeros(count, vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
 
 
 def _plain(arguments: Sequence[Any]) -> list[Any]:
@@ -220,6 +228,12 @@ def take_with_totals(
     kernels = vectors._kernels
     # Elsewhere vectors are summarized before they are complete and after, in one message.
     is_simple = vectors.everywhere or not vectors.cut
+    if isinstance(kernels, TritonKernels) and not is_simple:
+        # Before the collective, or not at all: every rank takes part in it once.
+        with suppress(Unfit):
+            return _taken_and_totalled(vectors, kernels, sums, formula, constants)
+    if TritonKernels.only_compiles:
+        return _totals_compiled(vectors, sums, formula, constants)
     if isinstance(kernels, TritonKernels) and is_simple:
         taken = _taken(vectors, sums)
         try:
@@ -230,6 +244,59 @@ def take_with_totals(
     packed = sums.take(kernels)
     totals = vectors.complete_with_totals(packed, summarize)
     return Taken(packed, from_slots=False), totals
+
+
+def _taken_and_totalled(
+    vectors: WeightVectors,
+    kernels: TritonKernels,
+    sums: Sums,
+    formula: Formula,
+    constants: Sequence[Any],
+) -> tuple[Taken, Tensor]:
+    """`take_with_totals` where some vectors are cut and others lie on one rank: what
+    `Reduction.complete_with_totals` does, in three launches.
+
+    Raises:
+        Unfit: before the collective.
+    """
+    message, kinds = vectors.message_with_totals, sums.how.results
+    of_whole = _of_spoken(formula)
+    numbers = [vectors.length, *constants, message.is_other]
+    of_cut = [message.length, *constants]
+    form = kernels.number_of_totals(of_whole, kinds, numbers), len(vectors.weights)
+    room = form[0] * form[1]
+    slots, buffer = kernels.slots_to_send(sums.how, sums.operands, message.parts, room)
+    slots = slots[:kinds]
+    totals = buffer[:room].view(form)
+    kernels.totals(of_whole, slots, numbers, vectors.starts, into=totals)
+    completed = buffer[room:].view(-1, message.size)[:kinds]
+    _add_up(buffer[: room + completed.numel()], None)
+    try:
+        kernels.totals(
+            formula, completed, of_cut, message.starts, from_slots=False, into=totals, adds=True
+        )
+    except Unfit:
+        summaries = torch.stack(formula(*completed, *of_cut))
+        totals.index_add_(-1, message.weight_of, summaries)
+    return Taken(slots, True, message, completed), totals
+
+
+def _totals_compiled(
+    vectors: WeightVectors, sums: Sums, formula: Formula, constants: Sequence[Any]
+) -> tuple[Taken, Tensor]:
+    """Results of the right form, once what `take_with_totals` launches has been compiled."""
+    kernels = vectors._kernels
+    rows = _zeros(vectors, sums.how.results)
+    with suppress(Unfit):
+        if not isinstance(kernels, TritonKernels):
+            raise Unfit("torch compiles nothing")
+        if vectors.cut:
+            taken = _sent_over_ranks(vectors, kernels, sums)
+        else:
+            taken = Taken(_slots_of(kernels, sums), from_slots=True)
+        return taken, _totals(vectors, formula, taken, constants)
+    totals = torch.stack(formula(*rows, vectors.length, *constants))
+    return Taken(rows, from_slots=False), vectors.per_weight(totals)
 
 
 def largest_of(values: Tensor) -> Tensor:
@@ -265,9 +332,7 @@ def _of_taken(
 ) -> tuple[Tensor, ...]:
     if taken is None:
         return kernels.rule(formula, None, arguments, into, from_slots=False)
-    if taken.completed is not None:
-        arguments = [taken.place, *taken.completed.unbind(), *arguments]
-        formula = of_completed(formula, len(taken.completed))
+    formula, arguments = taken.of(formula, arguments)
     return kernels.rule(formula, taken.values, arguments, into, from_slots=taken.from_slots)
 
 
@@ -286,12 +351,10 @@ def _totals(
     kernels = vectors._kernels
     if not taken.from_slots or not isinstance(kernels, TritonKernels):
         raise Unfit("sums are complete already")
-    numbers = [vectors.length, *constants]
+    numbers: Sequence[Any] = [vectors.length, *constants]
     if vectors.spoken is not None:
         formula, numbers = _of_spoken(formula), [*numbers, vectors.spoken]
-    if taken.completed is not None:
-        numbers = [taken.place, *taken.completed.unbind(), *numbers]
-        formula = of_completed(formula, len(taken.completed))
+    formula, numbers = taken.of(formula, numbers)
     return kernels.totals(formula, taken.values, numbers, vectors.starts)
 
 
@@ -301,12 +364,25 @@ def _over_ranks(vectors: WeightVectors, sums: Sums) -> Taken:
     if isinstance(kernels, TritonKernels) and vectors.cut and not sums.rates:
         # Every rank sends a message of the same form, whichever kernels it has for its part.
         with suppress(Unfit):
-            slots = _slots_of(kernels, sums)
-            message = vectors.message
-            parts = kernels.combined_over(slots, message.parts)
-            completed = all_reduce(parts, message.group)
-            return Taken(slots, True, completed, message.place)
+            return _sent_over_ranks(vectors, kernels, sums)
     return Taken(vectors.sum_(sums.take(kernels)), from_slots=False)
+
+
+def _sent_over_ranks(vectors: WeightVectors, kernels: TritonKernels, sums: Sums) -> Taken:
+    """`_over_ranks` by programs.
+
+    Raises:
+        Unfit: before the collective.
+    """
+    message, kinds = vectors.message, sums.how.results
+    slots, buffer = kernels.slots_to_send(sums.how, sums.operands, message.parts)
+    completed = buffer.view(-1, message.size)[:kinds]
+    return Taken(slots[:kinds], True, message, _add_up(completed, message.group))
+
+
+def _add_up(values: Tensor, group: Any) -> Tensor:
+    # Each rank compiles by itself.
+    return values if TritonKernels.only_compiles else all_reduce(values, group)
 
 
 def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:
@@ -316,8 +392,8 @@ def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:
     if taken.from_slots and isinstance(kernels, TritonKernels):
         values = kernels.combined(values)
     # Vectors on several ranks have only their part in the slots of this one.
-    if taken.completed is not None:
-        vectors.put_back(values, taken.completed, vectors.message)
+    if taken.message is not None and taken.completed is not None:
+        vectors.put_back(values, taken.completed, taken.message)
     return values
 
 

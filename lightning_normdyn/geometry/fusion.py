@@ -92,13 +92,26 @@ class Source:
     numbers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Way:
+    """What a program does beside its formula.
+
+    Args:
+        from_slots: whether each sum is still to be added up from the slots of its vector.
+        totals: whether the results are to be summed over the vectors of each weight, float64.
+        adds: whether to totals that are there already.
+    """
+
+    from_slots: bool
+    totals: bool = False
+    adds: bool = False
+
+
 def write_source(
     formula: Formula,
     sums: int,
     arguments: Sequence[Any],
-    *,
-    from_slots: bool,
-    totals: bool = False,
+    way: Way,
 ) -> Source:
     """The program that does what ``formula(*sums, *arguments)`` does.
 
@@ -108,20 +121,19 @@ def write_source(
         arguments: tensors, ``(n,)`` or of no dimension, whose numbers do not matter, and `Number`;
             everything else becomes part of the program. A tensor that the formula only takes
             entries of, by indices, may have any length.
-        from_slots: whether each sum is still to be added up from the slots of its vector.
-        totals: whether the results are to be summed over the vectors of each weight, float64.
+        way: what else it does.
 
     Raises:
         Unfit: for an operation that is not known here.
 
     Example:
-        >>> source = write_source(lambda ww: (ww.sqrt(),), 1, (), from_slots=False)
+        >>> source = write_source(lambda ww: (ww.sqrt(),), 1, (), Way(from_slots=False))
         >>> print(source.text.splitlines()[-2])
             v0 = (tl.sqrt(s0)).to(tl.float64)
     """
     traced = _traced(formula, sums, arguments)
     lines: list[str] = []
-    if from_slots:
+    if way.from_slots:
         lines.append("low = tl.load(first + v, mask=there, other=0)")
         lines.append("high = tl.load(first + v + 1, mask=there, other=0)")
     names: dict[Node, str] = {}
@@ -133,7 +145,7 @@ def write_source(
             number = len(names)
             if number < sums:
                 names[node] = f"s{number}"
-                value = _sum(number, from_slots=from_slots)
+                value = _sum(number, from_slots=way.from_slots)
             else:
                 is_number = isinstance(passed[len(inputs)], Number)
                 inputs.append(f"i{len(inputs)}")
@@ -156,10 +168,10 @@ def write_source(
     largest = tuple(_is_largest(node) for node in results)
     outputs = [f"o{i}" for i in range(len(results))]
     values = [names[node] for node in results]
-    if totals:
+    if way.totals:
         if any(largest):
             raise Unfit("the largest of all vectors has no total")
-        lines = _per_weight(lines, values, outputs)
+        lines = _per_weight(lines, values, outputs, adds=way.adds)
     else:
         lines = _per_vector(lines, values, outputs, largest)
     given = ["slots", "S", "first", "order", "n", "starts", *inputs, *outputs]
@@ -191,6 +203,8 @@ def _per_weight(
     lines: list[str],
     values: Sequence[str],
     outputs: Sequence[str],
+    *,
+    adds: bool,
 ) -> list[str]:
     """The vectors of one weight for each program, V at a time, and the sums of their results."""
     # V at a time and in a fixed order: the same bits every time, without atomics.
@@ -203,7 +217,10 @@ def _per_weight(
         body.append(f"{total} += tl.where(there, {value}.to(tl.float64), 0.0)")
     tail = []
     for output, total in zip(outputs, totals, strict=True):
-        tail.append(f"tl.store({output} + weight, tl.sum({total}, 0))")
+        value = f"tl.sum({total}, 0)"
+        if adds:
+            value = f"tl.load({output} + weight) + {value}"
+        tail.append(f"tl.store({output} + weight, {value})")
     return [*head, *(f"    {line}" for line in body), *tail]
 
 

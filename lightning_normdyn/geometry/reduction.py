@@ -94,7 +94,8 @@ class Message:
             rank. The buffer's vectors stand in the place of weights.
         weight_of: the weight of every vector of the buffer, ``(size,)``.
         length: its number of entries, ``(size,)``.
-        others: local vectors that are not cut and that this rank speaks for.
+        others: local vectors that are not cut and that this rank speaks for; ``is_other``, bool
+            ``(n,)``: whether each is one.
     """
 
     group: Any
@@ -106,6 +107,12 @@ class Message:
     weight_of: Tensor
     length: Tensor
     others: Runs
+    is_other: Tensor
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 ``(weights + 1,)``: where the buffer's vectors of each weight begin."""
+        return Runs(slice(None), self.weight_of, self.others.weights).first
 
 
 class Reduction:
@@ -237,6 +244,8 @@ class Reduction:
         lengths = [length[mask] for length, mask in zip(self._lengths, chosen, strict=True)]
         speaks = self._speaks.cpu()
         others = speaks[slot[speaks] < 0].to(self.device)
+        is_other = torch.zeros(len(slot), dtype=torch.bool, device=self.device)
+        is_other[others] = True
         return Message(
             group=group,
             size=size,
@@ -247,6 +256,7 @@ class Reduction:
             weight_of=self._weights_repeated([int(mask.sum()) for mask in chosen]),
             length=torch.cat(lengths).to(self.device),
             others=Runs(others, self.weight_of[others], len(self._sizes)),
+            is_other=is_other,
         )
 
     def sum_(
@@ -264,6 +274,11 @@ class Reduction:
     def message(self) -> Message:
         """What `sum_` sends."""
         return self._near
+
+    @property
+    def message_with_totals(self) -> Message:
+        """What `complete_with_totals` sends, behind totals of the vectors that are not cut."""
+        return self._far
 
     def put_back(self, packed: Tensor, completed: Tensor, buffer: Message) -> None:
         """Write completed sums, ``(..., size)``, to their vectors."""
@@ -284,9 +299,9 @@ class Reduction:
         parts = self._add_up(packed, buffer.parts)
         totals = self._add_up(summarize(packed, self.length), buffer.others)
         # Side by side in one message: a second collective would cost its latency again.
-        both = all_reduce(torch.cat([parts.flatten(), totals.flatten()]), None)
-        sums = both[: parts.numel()].view_as(parts)
-        totals = both[parts.numel() :].view_as(totals)
+        both = all_reduce(torch.cat([totals.flatten(), parts.flatten()]), None)
+        sums = both[totals.numel() :].view_as(parts)
+        totals = both[: totals.numel()].view_as(totals)
         self.put_back(packed, sums, buffer)
         return totals.index_add_(-1, buffer.weight_of, summarize(sums, buffer.length))
 

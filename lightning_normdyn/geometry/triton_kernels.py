@@ -15,6 +15,7 @@ Letters: n vectors, W weights, S slots, K sums.
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
 from typing import Any, ClassVar
@@ -23,11 +24,11 @@ import torch
 from torch import Tensor
 
 from . import fusion, passes
-from .fusion import Formula, Number
+from .fusion import Formula, Number, Way
 from .kernels import Kernels
 from .passes import Operand, Pair, Pass
 from .pieces import Runs
-from .triton_tables import FIELDS, Addresses, Part, RowTables, Unfit
+from .triton_tables import FIELDS, Addresses, Part, RowTables, Sent, Unfit
 
 WARPS = 4
 SCALE_AND_ADD, STRETCH, SHORTENED = range(3)
@@ -53,6 +54,24 @@ def programs() -> Any:
 
 Launch = tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]
 """How many programs; their arguments; and what is known when they are compiled."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one launch is to find: <a, a>; with b <a, b> and <b, b> (of b - a in place of b if
+    ``moved``); with ``ones`` <1, a>; in float64 if ``exact``."""
+
+    a: Operand
+    b: Operand | None = None
+    moved: bool = False
+    ones: bool = False
+    exact: bool = False
+
+    @property
+    def kinds(self) -> int:
+        """K."""
+        pair = 0 if self.b is None else 2
+        return 1 + pair + self.ones
 
 
 class TritonKernels(Kernels):
@@ -93,6 +112,7 @@ class TritonKernels(Kernels):
         super().__init__(index, values, hidden, device)
         self._values = list(values)
         self._slots_of_runs: dict[int, tuple[Runs, Tensor, Tensor]] = {}
+        self._sent: dict[int, tuple[Runs, Sent | None]] = {}
 
     # ---- Sums ----
 
@@ -120,25 +140,42 @@ class TritonKernels(Kernels):
         Raises:
             Unfit: for sums, or operands, that there is no program for.
         """
-        if how is passes.SQUARES:
-            return self._slots(operands[0])
-        if how is passes.PRODUCTS:
-            return self._slots(*operands)
-        if how is passes.EXACT_SQUARES:
-            return self._slots(operands[0], exact=True)
-        if how is passes.MOMENTS:
-            # In float64 the mean need not be taken out first.
-            return self._slots(operands[0], ones=True, exact=True)
-        if how in DISPLACEMENTS:
-            # Always in float64, which costs no pass.
-            return self._slots(*operands, moved=True, exact=True)
-        if how is passes.RADIAL:
-            return self._slots(*operands, moved=True)
-        if how is passes.RADIAL_OF_STEP:
-            direction, after = operands
-            # In float64, since <w, direction> is a small difference of two of these sums.
-            return self._slots(after, direction, exact=True)
-        raise Unfit("no program takes these sums")
+        return self._slots(_as_launched(how, operands))
+
+    def slots_to_send(
+        self,
+        how: Pass,
+        operands: Sequence[Operand],
+        runs: Runs,
+        room: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """`slots`, and what ranks send each other of them.
+
+        Args:
+            how: as for `slots`.
+            operands: as for `slots`.
+            runs: which vectors' sums are sent together.
+            room: for how many other numbers.
+
+        Returns:
+            The slots; and ``(room + K * weights,)``: room that is still to be written to, and then
+            the sums over ``runs``. Where each of those has one slot, these are written by the
+            launch that takes the sums, else by one more.
+        """
+        asked = _as_launched(how, operands)
+        known = self._sent.get(id(runs))
+        if known is None:
+            # Held with it: another object might get the same id.
+            known = self._sent[id(runs)] = runs, self._tables.sent(runs)
+        _, sent = known
+        size = room + asked.kinds * runs.weights
+        message = torch.empty(size, dtype=torch.float64, device=self._device)
+        sums = message[room:].view(asked.kinds, runs.weights)
+        if sent is not None:
+            return self._slots(asked, sent=sent, message=sums), message
+        slots = self._slots(asked)
+        self._combine_over(slots, runs, sums)
+        return slots, message
 
     def products(
         self,
@@ -172,7 +209,8 @@ class TritonKernels(Kernels):
             # The first operand of the first launch is the one to copy.
             destination = None if copy is None or number else copy[1]
             b = None if right is None else operands[right]
-            slots = self._slots(operands[left], b, ones=ones, exact=exact, copy=destination)
+            asked = Asked(operands[left], b, ones=ones, exact=exact)
+            slots = self._slots(asked, copy=destination)
             sums = self.combined(slots)
             found |= dict(zip(_rows(left, right), sums, strict=False))
             if ones:
@@ -183,19 +221,18 @@ class TritonKernels(Kernels):
 
     def _slots(
         self,
-        a: Operand,
-        b: Operand | None = None,
+        asked: Asked,
         *,
-        moved: bool = False,
-        ones: bool = False,
-        exact: bool = False,
         copy: Operand | None = None,
+        sent: Sent | None = None,
+        message: Tensor | None = None,
     ) -> Tensor:
-        """``(K, S)``: what each program finds: <a, a>; with b <a, b> and <b, b> (of b - a in place
-        of b if ``moved``); with ``ones`` <1, a>."""
-        tables = self._tables
-        count = 1 + (2 if b is not None else 0) + ones
-        out = torch.empty(count, tables.slots, dtype=torch.float64, device=self._device)
+        """``(K, S)``: what each program finds; to ``copy`` a, to ``message`` what is ``sent``."""
+        a, b = asked.a, asked.b
+        tables = self._tables if sent is None else sent
+        out = torch.empty(asked.kinds, tables.slots, dtype=torch.float64, device=self._device)
+        places = None if sent is None else sent.places
+        to = places, message, 0 if message is None else message.shape[1]
         operands = [operand for operand in (a, b, copy) if operand is not None]
         written = [] if copy is None else [len(operands) - 1]
         # The copies are held until the launch: it reads their memory.
@@ -204,10 +241,11 @@ class TritonKernels(Kernels):
         for part in tables.parts:
             language = _language(part.dtype)
             has_b = None if b is None else language
-            is_wide = exact or part.dtype == torch.float64
+            is_wide = asked.exact or part.dtype == torch.float64
             sum_dtype = _language(torch.float64 if is_wide else torch.float32)
-            arguments = (part.records, addresses, len(a), out, tables.slots)
-            constants = (language, has_b, moved, ones, copy is not None, sum_dtype)
+            arguments = (part.records, addresses, len(a), out, tables.slots, *to)
+            flags = asked.moved, asked.ones, copy is not None
+            constants = (language, has_b, *flags, sum_dtype)
             launches.append(_over_rows(part, arguments, constants))
         self._launch(programs().sums, launches)
         _count_writes(copy)
@@ -219,24 +257,22 @@ class TritonKernels(Kernels):
         out = torch.empty(len(slots), tables.n, dtype=torch.float64, device=self._device)
         if tables.n:
             grid = (-(-tables.n // tables.combining[0]), len(slots))
-            given = (slots, tables.slots, tables.first, tables.order, tables.n, out)
+            given = (slots, slots.shape[1], tables.first, tables.order, tables.n, out)
             self._launch(programs().combine, [(grid, given, (False, *tables.combining))])
         return out
 
-    def combined_over(self, slots: Tensor, runs: Runs) -> Tensor:
+    def _combine_over(self, slots: Tensor, runs: Runs, out: Tensor) -> None:
         """The sums of several vectors together, ``(K, weights)`` of ``runs``, from slots."""
         known = self._slots_of_runs.get(id(runs))
         if known is None:
             # Held with them: another object might get the same id.
             known = self._slots_of_runs[id(runs)] = runs, *self._tables.slots_of(runs)
         _, first, order = known
-        out = torch.empty(len(slots), runs.weights, dtype=torch.float64, device=self._device)
         if runs.weights:
             sizes = self._tables.combining
             grid = (-(-runs.weights // sizes[0]), len(slots))
-            given = (slots, self._tables.slots, first, order, runs.weights, out)
+            given = (slots, slots.shape[1], first, order, runs.weights, out)
             self._launch(programs().combine, [(grid, given, (False, *sizes))])
-        return out
 
     def put_back(
         self, packed: Tensor, completed: Tensor, place: Tensor, cut: Tensor, slot: Tensor
@@ -298,7 +334,9 @@ class TritonKernels(Kernels):
             Unfit: for a formula that no program can be written for.
         """
         n = self._tables.n
-        program, source = self._program_of(formula, sums, arguments, from_slots=from_slots)
+        count = 0 if sums is None else len(sums)
+        way = Way(from_slots)
+        program, source = self._program_of(formula, count, arguments, way)
         at_once = self._tables.combining if from_slots else (64, 16)
         programs = -(-n // at_once[0])
         results: list[Tensor] = []
@@ -308,58 +346,72 @@ class TritonKernels(Kernels):
                 size = programs if source.largest[number] else n
                 destination = torch.empty(size, dtype=dtype, device=self._device)
             results.append(destination)
-        self._run(program, programs, at_once, sums, arguments, results, from_slots=from_slots)
+        self._run(program, programs, at_once, sums, arguments, results)
         return tuple(results)
 
     def totals(
         self,
         formula: Formula,
-        slots: Tensor,
+        sums: Tensor,
         arguments: Sequence[Any],
         starts: Tensor,
+        *,
+        from_slots: bool = True,
+        into: Tensor | None = None,
+        adds: bool = False,
     ) -> Tensor:
         """The results of ``formula(*sums, *arguments)``, summed over the vectors of each weight, in
         one launch.
 
         Args:
             formula: as for `rule`.
-            slots: ``(K, S)``.
-            arguments: as for `rule`.
+            sums: ``(K, S)``, or complete ``(K, m)`` of any m vectors.
+            arguments: as for `rule`; ``(m,)`` where sums are complete.
             starts: int32 ``(weights + 1,)``: where the vectors of each weight begin.
+            from_slots: which of the two ``sums`` are.
+            into: where to write the totals; None: somewhere new.
+            adds: whether to what is there.
 
         Returns:
             ``(J, weights)`` float64.
         """
-        program, source = self._program_of(formula, slots, arguments, starts=starts)
+        way = Way(from_slots, totals=True, adds=adds)
+        program, source = self._program_of(formula, len(sums), arguments, way)
         weights = len(starts) - 1
         # In one piece, since they may have to be added up over ranks.
-        totals = torch.empty(len(source.dtypes), weights, dtype=torch.float64, device=self._device)
-        self._run(
-            program,
-            weights,
-            self._tables.totalling,
-            slots,
-            arguments,
-            totals.unbind(),
-            starts=starts,
-        )
+        shape = len(source.dtypes), weights
+        totals = into
+        if totals is None:
+            totals = torch.empty(shape, dtype=torch.float64, device=self._device)
+        at_once = self._tables.totalling if from_slots else (1024, 1)
+        self._run(program, weights, at_once, sums, arguments, totals.unbind(), starts)
         return totals
+
+    def number_of_totals(
+        self,
+        formula: Formula,
+        sums: int,
+        arguments: Sequence[Any],
+    ) -> int:
+        """J, of `totals` from so many kinds of slots.
+
+        Raises:
+            Unfit: as `totals`.
+        """
+        _, source = self._program_of(formula, sums, arguments, Way(from_slots=True, totals=True))
+        return len(source.dtypes)
 
     def _program_of(
         self,
         formula: Formula,
-        sums: Tensor | None,
+        sums: int,
         arguments: Sequence[Any],
-        *,
-        from_slots: bool = True,
-        starts: Tensor | None = None,
+        way: Way,
     ) -> tuple[Any, fusion.Source]:
         """The program of a formula, and its source."""
-        count = 0 if sums is None else len(sums)
-        has_totals = starts is not None
-        key = (formula, count, from_slots, has_totals, fusion.signature(arguments))
+        key = (formula, sums, way, fusion.signature(arguments))
         if key not in self.formulas:
-            self.formulas[key] = self._written(formula, count, arguments, from_slots, has_totals)
+            self.formulas[key] = self._written(formula, sums, arguments, way)
         known = self.formulas[key]
         if isinstance(known, Unfit):
             raise known
@@ -374,8 +426,6 @@ class TritonKernels(Kernels):
         sums: Tensor | None,
         arguments: Sequence[Any],
         results: Sequence[Tensor],
-        *,
-        from_slots: bool = True,
         starts: Tensor | None = None,
     ) -> None:
         """Launch a formula's program."""
@@ -393,17 +443,12 @@ class TritonKernels(Kernels):
         # Pointers that a program does not use must be some all the same.
         slots = tables.first if sums is None else sums
         places = tables.first if starts is None else starts
-        distance = tables.slots if from_slots else tables.n
+        distance = tables.n if sums is None else sums.shape[1]
         given = (slots, distance, tables.first, tables.order, tables.n, places, *passed, *results)
         self._launch(program, [((programs,), given, at_once)])
 
     def _written(
-        self,
-        formula: Formula,
-        sums: int,
-        arguments: Sequence[Any],
-        from_slots: bool,
-        totals: bool,
+        self, formula: Formula, sums: int, arguments: Sequence[Any], way: Way
     ) -> tuple[Any, fusion.Source] | Unfit:
         """The program of a formula and its source, or why there is none: that is kept as well,
         since to find it out takes longer than the formula."""
@@ -411,9 +456,7 @@ class TritonKernels(Kernels):
         if sum(other[0] is formula for other in self.formulas) >= MOST_PROGRAMS:
             raise Unfit("the numbers of a formula keep changing")
         try:
-            source = fusion.write_source(
-                formula, sums, arguments, from_slots=from_slots, totals=totals
-            )
+            source = fusion.write_source(formula, sums, arguments, way)
         except Unfit as error:
             return error
         name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
@@ -545,9 +588,37 @@ class TritonKernels(Kernels):
 def _kind_of(argument: Any) -> Any:
     """What a compiled program knows of an argument."""
     if isinstance(argument, Tensor):
-        return argument.dtype
+        # Of memory that begins at a multiple of 16 bytes more is loaded at once.
+        return argument.dtype, argument.data_ptr() % 16 == 0
     # Triton hands over a whole number in as many bits as it needs.
     return isinstance(argument, int) and not -(2**31) <= argument < 2**31
+
+
+def _as_launched(how: Pass, operands: Sequence[Operand]) -> Asked:
+    """The launch that takes these sums.
+
+    Raises:
+        Unfit: for sums that there is no program for.
+    """
+    a, *others = operands
+    b = others[0] if others else None
+    if how is passes.SQUARES or how is passes.PRODUCTS:
+        return Asked(a, b)
+    if how is passes.EXACT_SQUARES:
+        return Asked(a, exact=True)
+    if how is passes.MOMENTS:
+        # In float64 the mean need not be taken out first.
+        return Asked(a, ones=True, exact=True)
+    if how in DISPLACEMENTS:
+        # Always in float64, which costs no pass.
+        return Asked(a, b, moved=True, exact=True)
+    if how is passes.RADIAL:
+        return Asked(a, b, moved=True)
+    if how is passes.RADIAL_OF_STEP:
+        # In float64, since <w, direction> is a small difference of two of these sums.
+        direction, after = a, others[0]
+        return Asked(after, direction, exact=True)
+    raise Unfit("no program takes these sums")
 
 
 def _over_rows(part: Part, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Launch:

@@ -72,23 +72,33 @@ def _pointer(
 
 @_program
 def _put(
-    place,
+    record,
     sums,
     rows,
-    merged,
+    out,
+    S,
+    places,
+    message,
+    M,
+    NUMBER: tl.constexpr,
     R: tl.constexpr,
 ):
-    """The sum of each row to a slot of its own, or all to one slot if the rows are of one
-    vector."""
+    """The sum of each row to a slot of its own, or all to one slot if the rows are of one vector;
+    where a message is sent, also to its place there. ``NUMBER``: of the K kinds of sums."""
     sums = sums.to(tl.float64)
+    slot, merged = tl.load(record + 9), tl.load(record + 11) != 0
     i = tl.arange(0, R)
     value = tl.where(merged, tl.sum(sums, 0), sums)
-    tl.store(place + i, value, mask=i < tl.where(merged, 1, rows))
+    mine = i < tl.where(merged, 1, rows)
+    tl.store(out + NUMBER * S.to(tl.int64) + slot + i, value, mask=mine)
+    if message is not None:
+        place = tl.load(places + slot + i, mask=mine, other=-1)
+        tl.store(message + NUMBER * M.to(tl.int64) + place, value, mask=place >= 0)
 
 
 @_program
 def _sum_tile(
-    record, a, b, c, out, S,
+    record, a, b, c, out, S, places, message, M,
     A: tl.constexpr, B: tl.constexpr, MOVED: tl.constexpr, ONES: tl.constexpr, COPY: tl.constexpr,
     SUM: tl.constexpr, R: tl.constexpr, E: tl.constexpr, TALL: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
@@ -130,24 +140,27 @@ def _sum_tile(
         if COPY:
             pc += outer
     AXIS: tl.constexpr = 0 if TALL else 1
-    place, merged, S = out + tl.load(record + 9), tl.load(record + 11) != 0, S.to(tl.int64)
-    _put(place, tl.sum(aa, AXIS), rows, merged, R)
+    _put(record, tl.sum(aa, AXIS), rows, out, S, places, message, M, 0, R)
     if B is not None:
-        _put(place + S, tl.sum(ab, AXIS), rows, merged, R)
-        _put(place + 2 * S, tl.sum(bb, AXIS), rows, merged, R)
+        _put(record, tl.sum(ab, AXIS), rows, out, S, places, message, M, 1, R)
+        _put(record, tl.sum(bb, AXIS), rows, out, S, places, message, M, 2, R)
     if ONES:
         LAST: tl.constexpr = 1 if B is None else 3
-        _put(place + LAST * S, tl.sum(a1, AXIS), rows, merged, R)
+        _put(record, tl.sum(a1, AXIS), rows, out, S, places, message, M, LAST, R)
 
 
-@_program(do_not_specialize=["W", "S"])
+@_program(do_not_specialize=["W", "S", "M"])
 def sums(
-    records, addresses, W, out, S,
+    records, addresses, W, out, S, places, message, M,
     A: tl.constexpr, B: tl.constexpr, MOVED: tl.constexpr, ONES: tl.constexpr, COPY: tl.constexpr,
     SUM: tl.constexpr, FIELDS: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     """K sums of every row: <a, a>; with b <a, b> and <b, b> (b - a in place of b if ``MOVED``);
-    with ``ONES`` <1, a>; with ``COPY`` a is copied to c on the way."""
+    with ``ONES`` <1, a>; with ``COPY`` a is copied to c on the way.
+
+    With ``message`` those of the slots that ``places`` names are written there as well, so that
+    ranks can send it as it is.
+    """
     record = records + tl.program_id(0) * FIELDS
     weight, kind = tl.load(record), tl.load(record + 10)
     a = tl.load(addresses + weight)
@@ -163,23 +176,27 @@ def sums(
     if KINDS & 1:
         if kind == 0:
             _sum_tile(
-                record, a, b, c, out, S, A, B, MOVED, ONES, COPY, SUM, 32, 32, False, 1
+                record, a, b, c, out, S, places, message, M,
+                A, B, MOVED, ONES, COPY, SUM, 32, 32, False, 1,
             )  # fmt: skip
     if KINDS & 10:
         if kind == 1:
             _sum_tile(
-                record, a, b, c, out, S, A, B, MOVED, ONES, COPY, SUM, 4, 256, False, 1
+                record, a, b, c, out, S, places, message, M,
+                A, B, MOVED, ONES, COPY, SUM, 4, 256, False, 1,
             )  # fmt: skip
     if KINDS & 4:
         if kind == 2:
             _sum_tile(
-                record, a, b, c, out, S, A, B, MOVED, ONES, COPY, SUM, 32, 32, True, 1
+                record, a, b, c, out, S, places, message, M,
+                A, B, MOVED, ONES, COPY, SUM, 32, 32, True, 1,
             )  # fmt: skip
     if KINDS & 8:
         if kind == 3:
             WIDE: tl.constexpr = 128 // A.primitive_bitwidth
             _sum_tile(
-                record, a, b, c, out, S, A, B, MOVED, ONES, COPY, SUM, 4, 256, False, WIDE
+                record, a, b, c, out, S, places, message, M,
+                A, B, MOVED, ONES, COPY, SUM, 4, 256, False, WIDE,
             )  # fmt: skip
 
 

@@ -87,6 +87,17 @@ class Part:
     kinds: int
 
 
+@dataclass(frozen=True)
+class Sent:
+    """How the launch that takes sums writes them where a message is sent from."""
+
+    # As of `RowTables`, and programs that write zeros; their slots are counted in.
+    parts: Sequence[Part]
+    slots: int
+    # int32 ``(S,)``: the place in the message of each slot; -1: in none.
+    places: Tensor
+
+
 class RowTables:
     """The rows of all weights, cut into programs.
 
@@ -172,6 +183,33 @@ class RowTables:
         places = np.repeat(begins[vectors] - ends[:-1], counts) + np.arange(ends[-1])
         first = ends[runs.first.cpu().numpy()]
         return self._send(first, torch.int32), self.order[torch.from_numpy(places).to(self.device)]
+
+    def sent(self, runs: Runs) -> Sent | None:
+        """How the sums over ``runs`` are written to ``(K, weights)`` as they are taken; None where
+        some have more slots than one, which a launch of its own adds up."""
+        vectors, weight_of = runs.order.cpu().numpy(), runs.weight_of.cpu().numpy()
+        begins, order = self.first.cpu().numpy(), self.order.cpu().numpy()
+        counts = begins[vectors + 1] - begins[vectors]
+        found = np.bincount(weight_of, counts, runs.weights)
+        if not self.parts or found.max(initial=0) > 1:
+            return None
+        is_here = counts == 1
+        places = np.full(self.slots, -1)
+        places[order[begins[vectors[is_here]]]] = weight_of[is_here]
+        # What this rank adds nothing to is still to be written: memory holds any numbers.
+        empty = np.flatnonzero(found == 0)
+        rows_at_once = TILES[SHORT][0]
+        first_rows = np.arange(0, len(empty), rows_at_once)
+        zeros = np.zeros((len(first_rows), FIELDS), np.int64)
+        zeros[:, 3] = np.minimum(rows_at_once, len(empty) - first_rows)
+        zeros[:, 9] = self.slots + first_rows
+        zeros[:, 10] = SHORT
+        first, *others = self.parts
+        if len(empty):
+            records = torch.cat([first.records, self._send(zeros, torch.int64)])
+            first = Part(first.dtype, records, len(records), first.kinds | 1 << SHORT)
+        with_zeros = self._send(np.concatenate([places, empty]), torch.int32)
+        return Sent([first, *others], self.slots + len(empty), with_zeros)
 
     def _send(self, values: Array, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device="cpu").to(self.device)

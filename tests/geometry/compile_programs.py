@@ -42,7 +42,7 @@ from lightning_normdyn.engine.effect import Rotation
 from lightning_normdyn.geometry import kernel_choice
 from lightning_normdyn.geometry import triton_programs as programs
 from lightning_normdyn.geometry.formulas import squares, take_with_totals, work_out
-from lightning_normdyn.geometry.fusion import Number, write_source
+from lightning_normdyn.geometry.fusion import Number, Way, write_source
 from lightning_normdyn.geometry.kernel_choice import KernelPath
 from lightning_normdyn.geometry.triton_kernels import (
     SCALE_AND_ADD,
@@ -63,7 +63,7 @@ BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 POINTERS = {
     "records": "*i64", "addresses": "*i64", "W": "i32", "out": "*fp64", "S": "i32",
     "slots": "*fp64", "starts": "*i32", "first": "*i32", "order": "*i32", "n": "i32", "vectors": "*i32",
-    "factor": "*fp64", "coefficient": "*fp64", "stretch": "*fp64",
+    "factor": "*fp64", "places": "*i32", "message": "*fp64", "M": "i32", "coefficient": "*fp64", "stretch": "*fp64",
 }  # fmt: skip
 DTYPES = {
     "float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "float64": tl.float64,
@@ -80,19 +80,22 @@ def sums_and_writes(name: str) -> Iterator[Case]:
     for kinds in [1 << ALIGNED, 15] if name == "float32" else [1 << ALIGNED]:
         common = {"FIELDS": FIELDS, "KINDS": kinds}
         for accumulated in wide:
-            for b, moved, ones, copy in (
-                (None, False, False, False),
-                (None, False, True, False),
-                (dtype, False, False, False),
-                (dtype, False, True, False),
-                (dtype, False, False, True),
-                (dtype, True, False, False),
+            for b, moved, ones, copy, sent in (
+                (None, False, False, False, False),
+                (None, False, True, False, False),
+                (dtype, False, False, False, False),
+                (dtype, False, True, False, False),
+                (dtype, False, False, True, False),
+                (dtype, True, False, False, False),
+                (dtype, True, False, False, True),
             ):
                 constants = {
                     "A": dtype, "B": b, "MOVED": moved, "ONES": ones, "COPY": copy,
                     "SUM": accumulated, **common,
                 }  # fmt: skip
-                text = f"sums {name} in {accumulated}, tiles {kinds}, {b is not None, moved, ones}"
+                if not sent:
+                    constants |= {"places": None, "message": None}
+                text = f"sums {name} in {accumulated}, tiles {kinds}, {b is not None, moved, ones, sent}"
                 if kinds == 1 << ALIGNED or moved:
                     yield text, programs.sums, POINTERS, constants
         number = tl.float64 if name == "float64" else tl.float32
@@ -125,13 +128,14 @@ def rules() -> Iterator[Case]:
     smooth = Rotation("lr", "at_most", "free", "initial", "lr", 0.9, True)
     fields = n, n, n, n, n, n, n, n, n, flags, n, flags, n, n, n
     names = tuple(name for name, quantity in QUANTITIES.items() if quantity.formula is not None)
-    for formula, sums, arguments in (
+    for formula, sums, arguments, *adding in (
         (shrink_by_norm, 1, (n, 0.1, n, *guards)),
         (shrink_by_std, 2, (flags, n, n, 0.1, n, *guards)),
         (shortened, 2, (n, n, 1.0, flags, *guards)),
         (shortened_by_buffer, 3, (n, n, 1.0, flags, *guards)),
         (shortened_by_totals, 2, (weight_of, 0.1, *[n] * 7, n, n, 1.0, flags, *guards)),
         (gate_sums, 3, (n, 0.1)),
+        (gate_sums, 3, (n, 0.1), "adds"),
         (rescaled, 1, (n, *guards)),
         (dropped, 0, (n, weight_of, *guards)),
         (braked, 3, (0.5, 1.0, "norm", n, n, *guards)),
@@ -142,8 +146,9 @@ def rules() -> Iterator[Case]:
         (numbers_of_vectors, 0, (names, Number(3), n, n, flags, *fields)),
         (collapsed, 0, (n, n, weight_of, 1e-3, flags)),
     ):
-        totals = formula is gate_sums
-        source = write_source(formula, sums, arguments, from_slots=sums > 0, totals=totals)
+        totals, adds = formula is gate_sums, bool(adding)
+        way = Way(sums > 0 and not adds, totals, adds)
+        source = write_source(formula, sums, arguments, way)
         name = f"<{formula.__name__} {len(arguments)}>"
         program = programs.program_of(source.text, name, source.numbers)
         given = [argument for argument in arguments if isinstance(argument, (torch.Tensor, Number))]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
+from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.formulas import (
     Taken,
     largest_of,
@@ -27,6 +28,7 @@ from lightning_normdyn.geometry.formulas import (
 )
 from lightning_normdyn.geometry.fusion import Number
 from lightning_normdyn.geometry.kernels import Kernels
+from lightning_normdyn.geometry.pieces import Runs
 from lightning_normdyn.geometry.triton_kernels import MOST_PROGRAMS, TritonKernels
 
 # The interpreter computes with numpy: what overflows or is no number there is no news.
@@ -373,6 +375,22 @@ def test_slots_are_added_up_alike_however_many_there_are(combining):
     combined = kernels.combined(slots.to(DEVICE)).cpu()
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(combined, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectors", [[0, 4, 5], [2, 5, 7]], ids=["slot by slot", "added up"])
+def test_what_ranks_send_each_other_are_sums(vectors):
+    names = ["conv", "rows of 8500"]
+    weights = [moved_to_device(LAYOUTS[name][0], torch.float32) for name in names]
+    kernels = vectors_of(*weights, names=names)._kernels
+    places = torch.tensor([1, 2, 40], device=DEVICE)
+    runs = Runs(torch.tensor(vectors, device=DEVICE), places, 70)
+    before = [another(weight) for weight in weights]
+    for how, operands in ((passes.SQUARES, [weights]), (passes.RADIAL, [before, weights])):
+        slots, message = kernels.slots_to_send(how, operands, runs, room=3)
+        sums = kernels.combined(slots)
+        torch.testing.assert_close(sums, kernels.combined(kernels.slots(how, operands)))
+        assert torch.equal(message[3:].view(-1, 70), runs.add_up(sums))
+    assert (kernels._sent[id(runs)][1] is None) == (vectors[2] == 7)
 
 
 # ---- Formulas ----

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_normdyn.geometry.fusion import signature, write_source
+from lightning_normdyn.geometry.fusion import Way, signature, write_source
 from lightning_normdyn.geometry.triton_tables import Unfit
 
 VALUES = torch.ones(3, dtype=torch.float64)
@@ -13,7 +13,7 @@ FLAGS = torch.ones(3, dtype=torch.bool)
 
 
 def lines(formula, *arguments, sums: int = 1, from_slots: bool = False) -> list[str]:
-    text = write_source(formula, sums, arguments, from_slots=from_slots).text
+    text = write_source(formula, sums, arguments, Way(from_slots)).text
     return [line.strip() for line in text.splitlines()]
 
 
@@ -57,22 +57,22 @@ def test_what_is_only_looked_up_is_not_read_vector_by_vector():
 
 def test_totals_go_through_the_vectors_of_a_weight():
     formula = lambda ww: (ww, ww > 0)  # noqa: E731
-    source = write_source(formula, 1, [], from_slots=True, totals=True)
+    source = write_source(formula, 1, [], Way(from_slots=True, totals=True))
     assert "for begin in range(tl.load(starts + weight), stop, V):" in source.text
     assert "t1 += tl.where(there, v0.to(tl.float64), 0.0)" in source.text
     with pytest.raises(Unfit, match="largest"):
-        write_source(lambda ww: (ww.amax(),), 1, [], from_slots=True, totals=True)
+        write_source(lambda ww: (ww.amax(),), 1, [], Way(from_slots=True, totals=True))
 
 
 def test_the_largest_of_all_vectors_is_one_number_for_each_program():
-    source = write_source(lambda ww: (ww, ww.amax()), 1, [], from_slots=False)
+    source = write_source(lambda ww: (ww, ww.amax()), 1, [], Way(from_slots=False))
     assert source.largest == (False, True)
     assert "tl.store(o1 + tl.program_id(0), tl.max(v0, 0))" in source.text
 
 
 def test_results_have_their_dtypes():
     formula = lambda ww, flags: (ww > 0, ww.float(), flags | (ww > 1))  # noqa: E731
-    source = write_source(formula, 1, [FLAGS], from_slots=False)
+    source = write_source(formula, 1, [FLAGS], Way(from_slots=False))
     assert source.dtypes == (torch.bool, torch.float32, torch.bool)
 
 
@@ -91,4 +91,4 @@ def test_results_have_their_dtypes():
 )
 def test_what_is_not_known_is_refused(formula, what):
     with pytest.raises(Unfit, match=what):
-        write_source(formula, 1, [], from_slots=False)
+        write_source(formula, 1, [], Way(from_slots=False))

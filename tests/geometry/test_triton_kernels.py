@@ -29,3 +29,9 @@ def test_callbacks_follow_their_papers():
     one_mode = "test_follows_its_paper and (-adamw] or -sgd]) and not default and not scaler"
     bf16 = "test_trains_bf16_weights"
     run_tests("tests/test_conformance.py", "-k", f"({one_mode}) or {bf16}")
+
+
+@pytest.mark.slow
+def test_weights_in_pieces_on_two_ranks():
+    """Some of them cut, others whole on one rank; vectors of one slot and of several."""
+    run_tests("tests/geometry/test_dtensor.py", "-k", "over_tensor_parallelism and 2-1")

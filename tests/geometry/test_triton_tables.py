@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.geometry import triton_tables as tables_file
+from lightning_normdyn.geometry.pieces import Runs
 from lightning_normdyn.geometry.triton_tables import (
     ALIGNED,
     COLUMNS,
@@ -82,6 +83,31 @@ def test_one_launch_per_dtype():
 def test_a_layer_takes_one_slot_per_program():
     tables, _ = tables_of("layer of 9000")
     assert tables.slots == sum(part.programs for part in tables.parts)
+
+
+def test_what_is_sent_to_other_ranks_is_written_with_the_sums():
+    tables, _ = tables_of("conv", "rows of 8500")
+    vectors, places = torch.tensor([1, 4, 0]), torch.tensor([2, 3, 70])
+    sent = tables.sent(Runs(vectors, places, 100))
+    ours, zeros = sent.places[: tables.slots], sent.places[tables.slots :]
+    assert {
+        int(tables.order[tables.first[v]]): p for v, p in zip(vectors, places, strict=True)
+    } == {int(slot): ours[slot] for slot in (ours >= 0).nonzero()}
+    # Every other place gets a zero of a program that reads nothing.
+    assert sorted([*places.tolist(), *zeros.tolist()]) == list(range(100))
+    first, added = sent.parts[0].records.split([tables.parts[0].programs, 4])
+    assert torch.equal(first, tables.parts[0].records)
+    assert not added[:, 4].any()
+    ends = added[:, 9] + added[:, 3]
+    assert added[:, 9].tolist() == [tables.slots, *ends[:-1].tolist()]
+    assert int(ends[-1]) == sent.slots == len(sent.places)
+
+
+def test_what_is_found_in_several_parts_is_added_up_before_it_is_sent():
+    tables, _ = tables_of("conv", "rows of 8500")
+    assert tables.sent(Runs(torch.tensor([6]), torch.tensor([0]), 1)) is None
+    # Two vectors in one place, as well.
+    assert tables.sent(Runs(torch.tensor([0, 1]), torch.tensor([0, 0]), 1)) is None
 
 
 def test_addresses_are_sent_only_if_they_are_new():
