@@ -307,7 +307,7 @@ BUDGETS = {
     "brake": (lambda: RadialBrake(0.5), adamw, 3),
     "rotation": (lambda: RotationControl(0.01, target_norm=1.0), adamw, 3),
     "rotation, smoothed": (lambda: RotationControl("lr", smoothing=0.9), adamw, 3),
-    "rotation, free": (lambda: RotationControl(0.01, norm="free"), adamw, 4),
+    "rotation, free": (lambda: RotationControl(0.01, norm="free"), adamw, 3),
     "idle monitor": (lambda: NormDynamicsMonitor(50), sgd, 0),
     "projection-cosine": (lambda: RadialProjection(gate="cosine"), adamw, 6),
     # Two sums of everything, each with its completion; one formula; sums per weight, twice.

@@ -258,11 +258,9 @@ class RotationWorker(Worker["RotationControl"]):
         )
 
     def _change(self, before: Operand, results: tuple[Tensor, ...]) -> None:
-        vectors = self.plan.vectors
         stretch, scale, lost = results[:3]
-        vectors.stretch_(before, stretch, scale)
-        if self.rule.applies_decay:
-            vectors.add_scaled_(lost, before)
+        added = lost if self.rule.applies_decay else None
+        self.plan.vectors.stretch_(before, stretch, scale, added)
 
     # -- the angle
 

@@ -328,9 +328,16 @@ class Kernels:
         self.scale_(tensors, factor)
         self.add_scaled_(tensors, coefficient, source)
 
-    def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
-        """Make every vector v into ``scale * (w + stretch * (v - w))`` with w = ``before``; factors
-        are ``(n,)``."""
+    def stretch_(
+        self,
+        tensors: Operand,
+        before: Operand,
+        stretch: Tensor,
+        scale: Tensor,
+        added: Tensor | None,
+    ) -> None:
+        """Make every vector v into ``scale * (w + stretch * (v - w)) + added * w`` with
+        w = ``before``; numbers are ``(n,)``."""
 
         def lengthen(views: Views, by: Tensor, factor: Tensor) -> None:
             view, origin = views
@@ -344,6 +351,8 @@ class Kernels:
                 view.copy_(moved)
 
         self._change(lengthen, [tensors, before], [(stretch, 1.0), (scale, 1.0)])
+        if added is not None:
+            self.add_scaled_(tensors, added, before)
 
     def decay_shortened_(
         self,

@@ -481,10 +481,18 @@ class TritonKernels(Kernels):
         if not self._writes(tensors, source, factor=factor, coefficient=coefficient):
             super().scale_and_add_(tensors, factor, coefficient, source)
 
-    def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
+    def stretch_(
+        self,
+        tensors: Operand,
+        before: Operand,
+        stretch: Tensor,
+        scale: Tensor,
+        added: Tensor | None,
+    ) -> None:
         """See `Kernels.stretch_`."""
-        if not self._writes(tensors, before, factor=scale, stretch=stretch, mode=STRETCH):
-            super().stretch_(tensors, before, stretch, scale)
+        numbers = {"factor": scale, "coefficient": added, "stretch": stretch}
+        if not self._writes(tensors, before, **numbers, mode=STRETCH):
+            super().stretch_(tensors, before, stretch, scale, added)
 
     def decay_shortened_(
         self,

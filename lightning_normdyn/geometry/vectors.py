@@ -389,18 +389,20 @@ class WeightVectors(Reduction):
         before: Operand,
         stretch: Tensor,
         scale: Tensor,
+        added: Tensor | None = None,
     ) -> None:
         """Stretch the step since ``before``, and scale what it ends at, in place:
         `lightning_normdyn.steering.stretch_step`.
 
-        Where both factors are 1, no bit changes.
+        Where both factors are 1 and nothing is added, no bit changes.
 
         Args:
             before: the weights before the step; None entries are passed over.
             stretch: ``(n,)``.
             scale: ``(n,)``.
+            added: ``(n,)``: how much of ``before`` is added in the end; None: nothing.
         """
-        self._kernels.stretch_(self.values(), before, stretch, scale)
+        self._kernels.stretch_(self.values(), before, stretch, scale, added)
 
     def shortened(self, before: Operand) -> list[Tensor | None]:
         """Which entries of the weights have not moved away from 0 since ``before``: bool, laid out

@@ -104,6 +104,7 @@ def sums_and_writes(name: str) -> Iterator[Case]:
             (SCALE_AND_ADD, ("coefficient",)),
             (SCALE_AND_ADD, ("factor", "coefficient")),
             (STRETCH, ("factor", "stretch")),
+            (STRETCH, ("factor", "coefficient", "stretch")),
             (SHORTENED, ("coefficient",)),
         ):
             numbers = {n: None for n in ("factor", "coefficient", "stretch") if n not in given}

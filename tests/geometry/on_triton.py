@@ -185,6 +185,12 @@ def test_writes(name, dtype):
         lambda y: (f * (x.abs() + s * (y - x).abs())) + y.abs(),
         2,
     )
+    check(
+        lambda: vectors.stretch_([other], to(stretch), to(factor), to(coefficient)),
+        lambda y: f * (x + s * (y - x)) + c * x,
+        lambda y: (f * (x.abs() + s * (y - x).abs())) + y.abs() + (c * x).abs(),
+        2,
+    )
     shrinks = lambda y: (y - x) * x <= 0  # noqa: E731
     check(
         lambda: vectors.decay_shortened_(to(coefficient), [other]),

@@ -97,6 +97,11 @@ def test_stretching_a_step(kind, dtype):
         vectors.stretch_([before], ones, ones)
         vectors.stretch_([None], stretch, scale)
     assert torch.equal(weight.detach(), as_it_is)
+    vectors.stretch_([before], ones, ones, scale)
+    added = torch.where(labels >= 0, c * before.double(), 0.0)
+    torch.testing.assert_close(
+        weight.detach().double(), as_it_is.double() + added, rtol=4 * eps, atol=40 * eps
+    )
 
 
 @pytest.mark.parametrize("known_before", [False, True])
