@@ -23,6 +23,7 @@ from .lots import Change, Lot, Stack, spread
 from .partition import indices
 from .passes import Dims, Kernel, Operand, Pair, Pass, Views
 from .pieces import Placement, Rows, Runs, rows_of
+from .reduction import Message
 
 CACHED_ENTRIES = 2**17
 """On a CPU, this many float32 entries per thread of two weights and their difference stay in the
@@ -290,19 +291,9 @@ class Kernels:
         """Sum ``(..., n)`` values over vectors of each weight: ``(..., weights)``."""
         return runs.add_up(values)
 
-    def put_back(
-        self, packed: Tensor, completed: Tensor, place: Tensor, cut: Tensor, slot: Tensor
-    ) -> None:
-        """Write ``(..., size)`` sums to those of the vectors that they are of, ``(..., n)``.
-
-        Args:
-            packed: what to write to.
-            completed: what to write.
-            place: int64 ``(n,)``: where each vector has its sums, -1: nowhere.
-            cut: the vectors that have some.
-            slot: where these have them.
-        """
-        packed[..., cut] = completed[..., slot]
+    def put_back(self, packed: Tensor, completed: Tensor, message: Message) -> None:
+        """Write completed sums, ``(..., size)``, to their vectors in ``packed``, ``(..., n)``."""
+        packed[..., message.cut] = completed[..., message.slot]
 
     # ---- Changes, in place ----
 

@@ -28,6 +28,7 @@ from .fusion import Formula, Number, Way
 from .kernels import Kernels
 from .passes import Operand, Pair, Pass
 from .pieces import Runs
+from .reduction import Message
 from .triton_tables import FIELDS, Addresses, Part, RowTables, Sent, Unfit
 
 WARPS = 4
@@ -274,9 +275,7 @@ class TritonKernels(Kernels):
             given = (slots, slots.shape[1], first, order, runs.weights, out)
             self._launch(programs().combine, [(grid, given, (False, *sizes))])
 
-    def put_back(
-        self, packed: Tensor, completed: Tensor, place: Tensor, cut: Tensor, slot: Tensor
-    ) -> None:
+    def put_back(self, packed: Tensor, completed: Tensor, message: Message) -> None:
         """See `Kernels.put_back`."""
         try:
             if packed.dtype != torch.float64 or not packed.is_contiguous():
@@ -285,10 +284,10 @@ class TritonKernels(Kernels):
             rows = packed.view(-1, packed.shape[-1])
             sums = completed.view(len(rows), -1)
             formula = of_completed(_as_they_are, len(rows))
-            numbers = place, *sums.unbind()
+            numbers = message.place, *sums.unbind()
             self.rule(formula, rows, numbers, rows.unbind(), from_slots=False)
         except Unfit:
-            super().put_back(packed, completed, place, cut, slot)
+            super().put_back(packed, completed, message)
 
     def add_up(self, values: Tensor, runs: Runs) -> Tensor:
         """See `Kernels.add_up`."""

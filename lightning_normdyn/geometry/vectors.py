@@ -338,8 +338,7 @@ class WeightVectors(Reduction):
 
     def put_back(self, packed: Tensor, completed: Tensor, message: Message) -> None:
         """Write completed sums, ``(..., size)``, to their vectors."""
-        where = message.place, message.cut, message.slot
-        self._kernels.put_back(packed, completed, *where)
+        self._kernels.put_back(packed, completed, message)
 
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
