@@ -47,6 +47,10 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
             log_scale = self.session.combined.published(self.plan, "log_scale")
             self._ready_gauge().before(step, log_scale)
 
+    def reads_gradients(self, step: Step) -> bool:
+        """Of the steps that are measured only."""
+        return self._look is not None
+
     @during(Phase.MEASURE_STEP)
     def after(self, step: Step) -> None:
         """Measure how the step moved them."""

@@ -4,6 +4,7 @@ the place of others while the fit is running. And which of their announced steps
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.placement import has_gradient
+from lightning_normdyn.geometry.placement import any_gradient
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.step import Bracket, Phase, Step
@@ -111,6 +112,7 @@ class Attached:
         resolved_for: the verdicts and param groups that its plans were made for.
         steps_at_watch: of its bracket, when a forward pass was last watched.
         layout: reads which weights its param groups hold.
+        optimizer: the torch optimizer that steps.
     """
 
     outer: Any
@@ -123,10 +125,8 @@ class Attached:
     steps_at_watch: int = 0
     layout: LayoutReader = field(default_factory=LayoutReader)
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer that steps."""
-        return self.bracket.optimizer
+    def __post_init__(self) -> None:
+        self.optimizer: Optimizer = self.bracket.optimizer
 
     def detach(self) -> None:
         """Leave no handler behind; idempotent."""
@@ -213,7 +213,12 @@ class Attachment:
         entry.removers.append(bracket.add(Phase.RESOLVE, self._resolve))
         if in_two_phases:
             check = ReturnCheck(outer, optimizer, self._weights)
-            remover = bracket.add(Phase.RESCALE, lambda step: check.stepped(), rank=LAST)
+            remover = bracket.add(
+                Phase.RESCALE,
+                lambda step: check.stepped(),
+                rank=LAST,
+                reads_gradients=lambda step: False,
+            )
             entry.removers.append(remover)
             entry.return_check = check
         return entry
@@ -236,7 +241,8 @@ class Attachment:
 
     def number_of(self, bracket: Bracket) -> int:
         """The number of the optimizer inside ``bracket``."""
-        return next(i for i, entry in enumerate(self.entries) if entry.bracket is bracket)
+        brackets: list[Bracket] = [*self.brackets]
+        return brackets.index(bracket)
 
     def is_stepping(self) -> bool:
         """Whether an optimizer is in the middle of a step."""
@@ -289,6 +295,8 @@ class Attachment:
         may be told when they step."""
         present = self._trainer.optimizers
         # By identity: two optimizers may be equal to each other.
+        if len(present) == len(self._followed) and all(map(is_, present, self._followed)):
+            return
         followed = set(map(id, self._followed))
         for optimizer in present:
             if id(optimizer) not in followed:
@@ -397,23 +405,33 @@ class Attempts:
         """An optimizer is about to step, unless its scaler finds an inf or no weight has a
         gradient."""
         # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
-        brackets = self._attachment.brackets
-        is_second = any(b.stepping and b.evaluations > 1 for b in brackets)
-        outer = without_framework(optimizer)
-        # What is known of it from when it was bracketed need not be found out in every step.
-        known = [entry for entry in self._attachment.entries if entry.outer is outer]
-        in_two_phases = known[0].return_check is not None if known else steps_in_two_phases(outer)
-        if is_second or in_two_phases:
+        entries = self._attachment.entries
+        for entry in entries:
+            if entry.bracket.evaluations > 1 and entry.bracket.stepping:
+                return
+        parts = self._parts_of(optimizer)
+        if not parts:
             return
-        parts = [entry.optimizer for entry in known] or torch_optimizers(optimizer)
-        weights = (p for part in parts for p in held_by(part))
         accumulating = accumulates(self._trainer.strategy.model)
-        is_attempt = not accumulating and any(map(has_gradient, weights))
+        is_attempt = not accumulating and any(map(any_gradient, map(held_by, parts)))
         self.count += is_attempt
         self._updates_before = self._attachment.updates() if is_attempt else -1
         self._batch_of_newest = self._progress.total.ready
-        for bracket in brackets:
-            bracket.close_in()
+        for entry in entries:
+            entry.bracket.close_in()
+
+    def _parts_of(self, optimizer: Optimizer) -> list[Optimizer]:
+        """The torch optimizers that step when this one does; none for one in two phases."""
+        # What is known of it from when it was bracketed need not be found out in every step.
+        known = [entry for entry in self._attachment.entries if entry.outer is optimizer]
+        if not known:
+            outer = without_framework(optimizer)
+            known = [entry for entry in self._attachment.entries if entry.outer is outer]
+        if not known:
+            return [] if steps_in_two_phases(outer) else torch_optimizers(optimizer)
+        if known[0].return_check is not None:
+            return []
+        return [entry.optimizer for entry in known]
 
     def skipped(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""

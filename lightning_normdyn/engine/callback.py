@@ -125,15 +125,17 @@ class NormDynCallback(Rule):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Read the graph of a watched forward pass."""
-        if self.member.leads:
-            self.member.session.before_backward(loss)
+        member = self.member
+        if member.leads:
+            member.session.before_backward(loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Count attempts, so that skipped steps can be told."""
-        if self.member.leads:
-            self.member.session.attempts.announce(optimizer)
+        member = self.member
+        if member.leads:
+            member.session.attempts.announce(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

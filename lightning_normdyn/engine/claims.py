@@ -112,6 +112,7 @@ class Claims:
         index: int,
         optimizer: Optimizer,
         loss: Tensor,
+        logging_step: int,
         *,
         settled: bool,
     ) -> None:
@@ -122,11 +123,12 @@ class Claims:
             index: of the optimizer.
             optimizer: whose weights are meant.
             loss: whose backward pass is about to begin.
+            logging_step: how many logging steps the Trainer will have come to with this batch.
             settled: whether all ranks have agreed on what is claimed.
         """
-        examination, logging_step = self.evidence.of(index), self._clock.logging_step
+        examination = self.evidence.of(index)
         if settled:
-            if not self.evidence.is_due(index, logging_step):
+            if not examination.is_due(logging_step):
                 return
             gradients = LossGradients(examination.claims, examination.vectors)
         else:
@@ -155,17 +157,17 @@ class Claims:
         self.evidence.claim(index, self._claimed(dense))
         self._mark_confirmed()
 
-    def question(self, index: int, *, as_received: bool) -> None:
+    def question(self, index: int, logging_step: int, *, as_received: bool) -> None:
         """Hold what the graph claims against real gradients; a contradiction withdraws the claim
         before this step touches anything.
 
         Args:
             index: of the optimizer, the same on every rank.
+            logging_step: how many logging steps the Trainer will have come to with this batch.
             as_received: whether the optimizer's gradients are the loss's own.
         """
-        logging_step = self._clock.logging_step
         # In most steps nothing is looked at, and then nobody asks how gradients came about.
-        is_due = self.evidence.is_due(index, logging_step)
+        is_due = self.evidence.of(index).is_due(logging_step)
         judged = self.evidence.judged
         contradictions = self.evidence.question(
             index,

@@ -63,6 +63,15 @@ class Examination:
         """Of the weights."""
         return [claim.name for claim in self.claims.values()]
 
+    def is_due(self, logging_step: int) -> bool:
+        """Whether the claims that have been made are to be looked at in the next step.
+
+        Args:
+            logging_step: how many logging steps the Trainer will have come to with this batch. An
+                optimizer that did not step at one is looked at in its next step.
+        """
+        return (self.close or logging_step > self.logged) and bool(self.claims)
+
     def hold(self, claims: dict[Tensor, Verdict]) -> None:
         """These are the claims now."""
         # Making vectors is a collective, so they are kept where nothing changes for them.
@@ -147,7 +156,8 @@ class Evidence:
         self.judged = 0
         self._examinations: dict[int, Examination] = {}
         # Copies of both as they were before this batch, once it has changed them.
-        self._before_batch: tuple[dict[str, Record], dict[int, Examination]] | None = None
+        self._records_before: dict[str, Record] | None = None
+        self._examinations_before: dict[int, Examination] | None = None
 
     def of(self, index: int) -> Examination:
         """What is known of one optimizer's claims."""
@@ -164,6 +174,7 @@ class Evidence:
     ) -> None:
         """These are the claims about the weights of one optimizer now; what is known of unchanged
         ones stays."""
+        self._keep_records()
         examination = self.of(index)
         for claim in claims.values():
             record = self.records.get(claim.name)
@@ -180,6 +191,7 @@ class Evidence:
 
     def reconsider(self, names: Iterable[str]) -> None:
         """What these claims rest on has changed: everything seen of them so far counts no more."""
+        self._keep_records()
         for name in names:
             self.records.pop(name, None)
         for examination in self._examinations.values():
@@ -223,24 +235,12 @@ class Evidence:
 
         Args:
             index: of the optimizer.
-            logging_step: how many logging steps the Trainer will have come to with this batch. An
-                optimizer that did not step at one is looked at in its next step.
+            logging_step: as for `Examination.is_due`.
             claims: that hold now, or will be made at that step.
         """
         if logging_step > self.of(index).logged:
             return list(claims)
         return [weight for weight, claim in claims.items() if self._is_open(claim)]
-
-    def is_due(
-        self,
-        index: int,
-        logging_step: int,
-    ) -> bool:
-        """Whether the claims that have been made about the weights of an optimizer are to be looked
-        at in its next step."""
-        examination = self.of(index)
-        is_logged = logging_step > examination.logged
-        return bool(examination.claims) and (examination.close or is_logged)
 
     def _is_open(self, claim: Verdict) -> bool:
         """Whether a claim is to be looked at closely: a new one is."""
@@ -272,8 +272,8 @@ class Evidence:
             The claims that were contradicted. Every rank must call it.
         """
         examination = self.of(index)
-        if self._before_batch is None:
-            self._before_batch = self._copies()
+        if self._examinations_before is None:
+            self._examinations_before = self._copies()
         # Steps are counted alike on all ranks, so that they read each look at the same one.
         examination.steps += 1
         logs = logging_step > examination.logged
@@ -309,6 +309,7 @@ class Evidence:
         *,
         logs: bool,
     ) -> list[Contradiction]:
+        self._keep_records()
         contradictions = []
         for name, mean, number in zip(names, *values.tolist(), strict=True):
             record = self.records.get(name)
@@ -329,24 +330,29 @@ class Evidence:
     def begin_batch(self) -> None:
         """A batch begins: what is known from here on is not yet what a checkpoint in the middle of
         it holds."""
-        self._before_batch = None
+        self._records_before = self._examinations_before = None
+
+    def _keep_records(self) -> None:
+        """Some records are about to change: leave them to a checkpoint within the batch, if a step
+        of this batch was looked at already."""
+        # Not at every step: most judge nothing, and even a list of all records takes a noticeable
+        # part of an idle step.
+        if self._examinations_before is not None and self._records_before is None:
+            self._records_before = dict(self.records)
 
     def _keep_as_before_batch(self, name: str, record: Record | None) -> None:
         """This record is about to change: leave what it was to a checkpoint within the batch."""
-        before = self._before_batch
+        before = self._records_before
         # A record that is another object there was copied, or replaced, earlier in this batch.
-        if before is not None and record is not None and before[0].get(name) is record:
-            before[0][name] = replace(record)
+        if before is not None and record is not None and before.get(name) is record:
+            before[name] = replace(record)
 
-    def _copies(self) -> tuple[dict[str, Record], dict[int, Examination]]:
-        # The records themselves are copied when they change: most steps judge nothing, and a copy
-        # of each would be half of what an idle step of 150 layers costs.
-        records = dict(self.records)
+    def _copies(self) -> dict[int, Examination]:
         examinations = {}
         for index, known in self._examinations.items():
             looks = list(known.looks)
             examinations[index] = Examination(steps=known.steps, logged=known.logged, looks=looks)
-        return records, examinations
+        return examinations
 
     def state(self, *, in_batch: bool) -> dict[str, Any]:
         """As plain tensors, numbers and strings.
@@ -356,9 +362,11 @@ class Evidence:
                 what its steps have said so far is left out.
         """
         records, examinations = self.records, self._examinations
-        # No step of this batch has changed anything yet if there are no copies.
-        if in_batch and self._before_batch is not None:
-            records, examinations = self._before_batch
+        # No step of this batch has changed what there are no copies of.
+        if in_batch and self._records_before is not None:
+            records = self._records_before
+        if in_batch and self._examinations_before is not None:
+            examinations = self._examinations_before
         stored = {}
         for index, examination in examinations.items():
             looks = [[e.due, list(e.names), e.values.get().double()] for e in examination.looks]

@@ -90,8 +90,9 @@ class Looks:
         """
         # The batch that gave them gradients is over; the next one that uses them may be several
         # away.
-        partly_read = [rows.weights for rows in self._unread_rows.values()]
-        self._missed &= self._undecided.union(*partly_read)
+        if self._missed:
+            partly_read = [rows.weights for rows in self._unread_rows.values()]
+            self._missed &= self._undecided.union(*partly_read)
         self._batches += 1
         is_due = bool(self._missed) or self._asked_for or wanted
         if not is_due or self._batches < self._next:

@@ -45,6 +45,7 @@ class Part(Account[AnyRule]):
         session: the fit.
 
     Attributes:
+        leads: whether it is the one that drives what is common to all callbacks: the first.
         restored: the callback's state in a checkpoint, until the first step takes it up.
     """
 
@@ -54,6 +55,7 @@ class Part(Account[AnyRule]):
     def __init__(self, rule: AnyRule, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, session)
         self.worker = worker
+        self.leads = not session.members
         self.memory = VectorState()
         self.restored: dict[str, Any] | None = None
         self._restored_workers: dict[int, dict[str, Any]] = {}
@@ -75,11 +77,6 @@ class Part(Account[AnyRule]):
         return not any(Phase.MEASURE < phase < Phase.SNAPSHOT for phase in self.worker.phases)
 
     # -- the fit, from its start to its end
-
-    @property
-    def leads(self) -> bool:
-        """Whether it is the one that drives what is common to all callbacks: the first."""
-        return self.session.members[0] is self
 
     def fit_start(self) -> None:
         """Refuse what a person has named and what cannot be done."""
@@ -298,13 +295,20 @@ class Part(Account[AnyRule]):
         # Within a phase, who only looks comes first: it must see what nobody has changed yet. Among
         # those that act the rank decides, and among those that look nothing depends on the order.
         order = f"{int(self.rule.writes or self.rule.acts)} {self.rule.state_key}"
+        reads_gradients = worker.stated_reads_gradients()
         for phase, method in self.worker.phases.items():
             handler = self._guarded(index, getattr(worker, method))
-            plan.on_close(plan.bracket.add(phase, handler, order=order, rank=self.rule.rank))
+            remove = plan.bracket.add(
+                phase, handler, order, self.rule.rank, reads_gradients=reads_gradients
+            )
+            plan.on_close(remove)
         if self.rule.acts and index not in self._looked_again:
             look_again = self._guarded(index, lambda step: self._look_again(plan))
             order = self.rule.state_key
-            plan.on_close(plan.bracket.add(Phase.LOOK_AGAIN, look_again, order=order))
+            remove = plan.bracket.add(
+                Phase.LOOK_AGAIN, look_again, order, reads_gradients=lambda step: False
+            )
+            plan.on_close(remove)
 
     def _guarded(self, index: int, method: Callable[[Step], None]) -> Callable[[Step], None]:
         """A handler whose refusals end the fit in the first step, and the worker later."""

@@ -68,6 +68,9 @@ class Rule(Callback):
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""
 
+    # `state_key`, and the settings that it was worked out from.
+    _known_key: tuple[tuple[str, ...], str] | None = None
+
     def __init__(self, params: Params = "auto", granularity: str = "auto") -> None:
         # As a list, so that "net.*" and ["net.*"] are one callback in a checkpoint.
         self.params = normalize_params(params)
@@ -117,9 +120,14 @@ class Rule(Callback):
     def state_key(self) -> str:
         """Identifies this callback's state in a checkpoint: class, params and granularity, so that
         a changed number keeps its counters."""
-        # In Lightning's own form, but without its help: a rule can be asked before it is loaded.
-        arguments = {"params": shown(self.params), "granularity": self.granularity}
-        return f"{type(self).__qualname__}{arguments!r}"
+        # Lightning asks at every hook of every batch.
+        settings = *self.params, self.granularity
+        if self._known_key is None or self._known_key[0] != settings:
+            # In Lightning's own form, but without its help: a rule can be asked before it is
+            # loaded.
+            arguments = {"params": shown(self.params), "granularity": self.granularity}
+            self._known_key = settings, f"{type(self).__qualname__}{arguments!r}"
+        return self._known_key[1]
 
 
 def shown(params: list[str]) -> str:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakMethod, ref
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
+from lightning_normdyn.geometry.placement import any_gradient, forget_gradients
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.optimizers.step import Step
@@ -161,11 +161,12 @@ class Session:
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
-        for bracket in self.attachment.brackets:
+        entries = self.attachment.entries
+        for entry in entries:
             # Of a step that raised, before a forward pass sees these weights again.
-            bracket.take_back()
+            entry.bracket.take_back()
         self.attachment.check_new_optimizers()
-        for index, entry in enumerate(self.attachment.entries):
+        for index, entry in enumerate(entries):
             self._take_in_new_weights(index, final=False)
             if entry.return_check is not None:
                 entry.return_check.begin_batch()
@@ -219,11 +220,12 @@ class Session:
         if self._watching:
             self.claims.read(loss)
             self._analyzed = True
+        logging_step = self.clock.logging_step
         for index, entry in enumerate(self.attachment.entries):
             # As read when the batch began. Groups that have changed since make other vectors at the
             # step, and gradients that were taken for these are then no evidence.
             settled = entry.resolved_for == self._basis(entry.layout.latest)
-            self.claims.watch_gradients(index, entry.optimizer, loss, settled=settled)
+            self.claims.watch_gradients(index, entry.optimizer, loss, logging_step, settled=settled)
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more
@@ -282,25 +284,25 @@ class Session:
         """A step is about to happen: every callback makes its plan, unless it has one."""
         index = self.attachment.number_of(step.bracket)
         self.attachment.check_return(index)
-        self._decide(index, step)
         logging_step = self.clock.logging_step
+        self._decide(index, step, logging_step)
         # A Trainer that never logs has steps like those of one that logs every 50.
         if not log_every(self.trainer):
             logging_step = step.number // 50
         self.looks.note_gradients(index, step, logging_step)
 
-    def _decide(self, index: int, step: Step) -> None:
+    def _decide(self, index: int, step: Step, logging_step: int) -> None:
         layout = self._take_in_new_weights(index, final=True)
         entry = self.attachment.entries[index]
         if entry.resolved_for != self._basis(layout):
             self.claims.settle(index, self.weights.owned(step.optimizer))
         if not self._begun:
-            with_gradient = map(has_gradient, self.weights.owned(step.optimizer))
-            self._begun = self.claims.version > 0 or any(with_gradient)
+            with_gradient = any_gradient(self.weights.owned(step.optimizer))
+            self._begun = self.claims.version > 0 or with_gradient
         # The optimizer's gradients will do where the backward pass was not seen, but one in two
         # phases takes its gradient at other weights.
         as_received = entry.return_check is None
-        self.claims.question(index, as_received=as_received)
+        self.claims.question(index, logging_step, as_received=as_received)
         # A contradiction may just have withdrawn a claim.
         basis = self._basis(layout)
         if entry.resolved_for == basis:

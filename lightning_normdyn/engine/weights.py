@@ -15,6 +15,7 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight, full_shape
 from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.invariance.verdict import is_gain
+from lightning_normdyn.optimizers.group_numbers import HELD
 from lightning_normdyn.optimizers.views import survey
 
 from .flavours import LightningModule, Trainer
@@ -185,7 +186,7 @@ class LayoutReader:
     def read(self, optimizer: Optimizer) -> Layout:
         """The layout as it is now; the same object as before where nothing has changed."""
         groups = optimizer.param_groups
-        lists = [group["params"] for group in groups]
+        lists = list(map(HELD, groups))
         # Identity, item by item and without a Python frame for each: `==` on tensors compares
         # their entries.
         is_same = (

@@ -21,7 +21,18 @@ LOOKING = frozenset(
     {Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.LOOK_AGAIN, Phase.MEASURE_STEP}
 )
 # What a subclass may override without doing anything else to a weight.
-SAYING = frozenset({"treatment", "treatments", "state", "load", "inherit", "forget", "rehearse"})
+SAYING = frozenset(
+    {
+        "treatment",
+        "treatments",
+        "state",
+        "load",
+        "inherit",
+        "forget",
+        "rehearse",
+        "reads_gradients",
+    }
+)
 
 Method = TypeVar("Method", bound=Callable[..., None])
 
@@ -110,6 +121,14 @@ class Worker(Generic[AnyRule]):
         """On a GPU whose programs have to be compiled: ask for everything that is launched in a
         step, before the first callback writes to a weight. Nothing is launched or written
         meanwhile, and what comes out is any numbers."""
+
+    def reads_gradients(self, step: Step) -> bool:
+        """Whether, in a phase after the update, it will ask which of its weights had a gradient in
+        this step; asked right before the update.
+
+        To be overridden by who acts in few steps: finding out takes time for every weight.
+        """
+        return True
 
     def effect(self, target: Target) -> Effect:
         """What is done to ``target`` at present: predictions, records and tables rest on it.
@@ -209,6 +228,11 @@ class Worker(Generic[AnyRule]):
             about=(self.rule.state_key, "weight decay"),
         )
         return 0.0
+
+    def stated_reads_gradients(self) -> Callable[[Step], bool] | None:
+        """`reads_gradients`, if it still speaks of what is done: None for a subclass that changes
+        that without saying what it is."""
+        return None if self._unstated else self.reads_gradients
 
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say

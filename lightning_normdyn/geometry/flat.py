@@ -73,7 +73,7 @@ def flat_slice(weight: Tensor) -> FlatSlice | None:
             "FSDP has flattened the weights, and where they lie was not looked up. Call "
             "lightning_normdyn.survey(model) with the outermost FSDP module first."
         )
-    return slice_now(weight)
+    return slice_now(weight) if _SLICES.data else None
 
 
 def knows_slices() -> bool:

@@ -181,6 +181,12 @@ def has_gradient(weight: Tensor) -> bool:
     return flat.flat is None or flat.flat.grad is not None
 
 
+def any_gradient(weights: Iterable[Tensor]) -> bool:
+    """Whether any of them got a gradient, as `has_gradient` says it."""
+    # One by one: nearly always the first that is asked has one.
+    return any(map(has_gradient, weights))
+
+
 def gradient_of(weight: Tensor) -> Tensor | None:
     """What the optimizer takes for the gradient of ``weight`` on this rank: its own, or that of the
     tensor that is updated instead."""

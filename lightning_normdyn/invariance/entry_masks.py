@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_normdyn.geometry.partition import indices
 
@@ -280,7 +279,6 @@ class MaskMemory:
         self._module = module
         self._owners = [owner for owner in module.modules() if _owns_a_matrix(owner)]
         # Their own dictionaries, which are looked at in every batch.
-        self._hooks_of_owners = [owner._forward_pre_hooks for owner in self._owners]
         self._buffers_of_owners = [owner._buffers for owner in self._owners]
         self._known: dict[str, _Known] = {}
         # Some loss reads all entries of these.
@@ -355,7 +353,8 @@ class MaskMemory:
         return self._some_seen_once() and self._extra_looks < MOST_EXTRA_LOOKS
 
     def _some_seen_once(self) -> bool:
-        return any(known.looks == 1 for known in self._known.values())
+        # Most networks have no masks.
+        return bool(self._known) and any(known.looks == 1 for known in self._known.values())
 
     def _addresses(self) -> set[int]:
         """Of all tensors that the network keeps; remembers which buffers are masks of weights."""
@@ -369,27 +368,15 @@ class MaskMemory:
         return {0, *(tensor.data_ptr() for tensor in tensors)}
 
     def _masking_state(self) -> list[object]:
-        """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
-        layer, and replaces or writes that."""
+        """What changes when weights are pruned: torch's pruning adds a buffer to the layer, and
+        replaces or writes it."""
+        # Asked in every batch. The hook that pruning adds comes and goes with the buffer.
         state: list[object] = list(map(len, self._buffers_of_owners))
-        # Asked in every batch, and nearly always nobody has a hook.
-        if any(self._hooks_of_owners):
-            state += self._pruning_hooks()
         for owner, name in self._buffers:
             buffer = owner._buffers.get(name)
             if buffer is not None:
                 state.append((id(buffer), buffer._version))
         return state
-
-    def _pruning_hooks(self) -> list[object]:
-        """How many hooks of pruning each layer has that has some."""
-        found: list[object] = []
-        for i, hooks in enumerate(self._hooks_of_owners):
-            # The search adds hooks of its own while it watches a batch.
-            pruning = sum(isinstance(h, BasePruningMethod) for h in hooks.values())
-            if pruning:
-                found.append((i, pruning))
-        return found
 
 
 def _owns_a_matrix(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ kind and settings, their mode and the set of trained weights are what they were.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -114,58 +114,70 @@ Reader = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 """Reads mode and settings of a normalization from its attributes."""
 
 
+class _Alike:
+    """Normalizations that have the same settings.
+
+    Args:
+        names: of the settings.
+        attributes: of each module, its own dictionary.
+    """
+
+    def __init__(self, names: tuple[str, ...], attributes: Sequence[dict[str, Any]]) -> None:
+        # Twice where there is no setting: of one name alone, no tuple would be read.
+        self._read: Reader = itemgetter("training", *(names or ["training"]))
+        self._attributes = attributes
+        self._values = list(map(self._read, attributes))
+        kinds = set(map(type, chain.from_iterable(self._values)))
+        # A list may change and stay the same object.
+        self.can_be_told = not any(issubclass(kind, list) for kind in kinds)
+        # What is equal is told faster than what is the same; but to compare tensors would wait for
+        # their device.
+        self._are_plain = _PLAIN.issuperset(kinds)
+
+    def are_same(self) -> bool:
+        """Whether mode and settings of all are what they were."""
+        values = map(self._read, self._attributes)
+        try:
+            if self._are_plain:
+                return list(values) == self._values
+            known = chain.from_iterable(self._values)
+            return all(map(is_, chain.from_iterable(values), known))
+        # A setting was taken away, or a tensor of several numbers has taken the place of one.
+        except (KeyError, RuntimeError):
+            return False
+
+
 class _Objects:
     """Modules and their settings by identity.
 
     Args:
         modules: the normalizations.
-        alike: what reads their mode and settings, and from which attributes: those of all modules
-            that have the same settings.
-        values: what was read, in the same order.
+        alike: them, by the settings that they have.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[Any],
-        alike: Sequence[tuple[Reader, list[dict[str, Any]]]],
-        values: Sequence[Any],
-    ) -> None:
-        self._modules, self._alike, self._values = modules, alike, values
+    def __init__(self, modules: Sequence[Any], alike: Sequence[_Alike]) -> None:
+        self._modules, self._alike = modules, alike
 
     @classmethod
     def of(cls, modules: Sequence[Any], settings: Sequence[tuple[str, ...]]) -> _Objects | None:
         """Of these modules; None where they cannot be told by identity: one is gone or is of
-        another kind, or a setting is a list, which may change and stay the same object."""
+        another kind, or a setting is a list."""
         by_settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for module, names in zip(modules, settings, strict=True):
             if module is None or not all(name in vars(module) for name in names):
                 return None
             by_settings.setdefault(names, []).append(vars(module))
-        # Twice: of one name alone a reader would not read a tuple.
-        alike = [
-            (itemgetter("training", "training", *names), attributes)
-            for names, attributes in by_settings.items()
-        ]
-        values = list(_read(alike))
-        if any(isinstance(value, list) for value in values):
+        # A Python frame for each kind of normalization, not for each of them.
+        alike = [_Alike(names, attributes) for names, attributes in by_settings.items()]
+        if not all(kind.can_be_told for kind in alike):
             return None
-        return cls(modules, alike, values)
+        return cls(modules, alike)
 
-    def are_same(self, modules: Sequence[Any]) -> bool:
+    def are_same(self, modules: Iterable[Any]) -> bool:
         """Whether these are the same modules, with the same objects as settings."""
         if not all(map(is_, modules, self._modules)):
             return False
-        try:
-            return all(map(is_, _read(self._alike), self._values))
-        except KeyError:  # a setting was taken away
-            return False
-
-
-def _read(alike: Iterable[tuple[Reader, list[dict[str, Any]]]]) -> Iterator[Any]:
-    """Mode and settings of all modules, one after the other."""
-    # A Python frame for each kind of normalization, not for each of them.
-    of_kinds = [map(reader, attributes) for reader, attributes in alike]
-    return chain.from_iterable(chain.from_iterable(of_kinds))
+        return all(map(_Alike.are_same, self._alike))
 
 
 @dataclass(frozen=True)

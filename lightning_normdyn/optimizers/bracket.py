@@ -10,7 +10,8 @@ Fabric or a plain loop. Knows nothing of Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.placement import has_gradient, with_gradient
+from lightning_normdyn.geometry.placement import any_gradient, with_gradient
 
 from .checks import check_optimizer, closure_error
 from .decay import DecayOwner
+from .group_numbers import HELD
 from .scaling import Scaling
 from .step import Bracket, Handler, HostCopy, Phase, Step
 from .takeover import Claimed, DecayTakeover
@@ -36,6 +38,11 @@ def _hooked_steps(kind: type[Optimizer]) -> int:
     return sum(getattr(vars(c).get("step"), "hooked", False) for c in kind.__mro__)
 
 
+def _stepped(held: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Those of the weights of all groups that have a gradient."""
+    return with_gradient(chain.from_iterable(held))
+
+
 class _Entry(NamedTuple):
     """A handler and its place in the order of a step."""
 
@@ -44,6 +51,7 @@ class _Entry(NamedTuple):
     order: str
     added: int
     handler: Handler
+    reads_gradients: Callable[[Step], bool] | None
 
 
 class StepBracket(Bracket):
@@ -121,7 +129,12 @@ class StepBracket(Bracket):
     # ---------------------------------------------------------------------------- registration
 
     def add(
-        self, phase: Phase, handler: Handler, order: str = "", rank: int = 0
+        self,
+        phase: Phase,
+        handler: Handler,
+        order: str = "",
+        rank: int = 0,
+        reads_gradients: Callable[[Step], bool] | None = None,
     ) -> Callable[[], None]:
         """Call ``handler(step)`` in ``phase`` of every real step.
 
@@ -130,6 +143,8 @@ class StepBracket(Bracket):
             handler: what to call.
             order: breaks ties within a phase, so that the order of registration does not matter.
             rank: who comes first within a phase, where that makes a difference: a lower rank does.
+            reads_gradients: of a handler in a phase after the update, asked right before it:
+                whether the handler will ask which weights had a gradient. None: it may.
 
         Returns:
             A function that takes the handler away again; the last one to go detaches the bracket
@@ -138,9 +153,9 @@ class StepBracket(Bracket):
         if not self._hooks:
             self._attach()
         self._added += 1
-        entry = _Entry(phase, rank, order, self._added, handler)
+        entry = _Entry(phase, rank, order, self._added, handler, reads_gradients)
         self._handlers.append(entry)
-        # Without the handlers themselves, which cannot be compared.
+        # Without the functions, which cannot be compared.
         self._handlers.sort(key=lambda e: e[:4])
 
         def remove() -> None:
@@ -281,27 +296,37 @@ class StepBracket(Bracket):
     @torch.no_grad()
     def _ready(self, stepping: Optimizer) -> None:
         self.settle()
+        optimizer = self.optimizer
+        skipped = getattr(optimizer, "found_inf", None)
         if self._step is not None and self._is_as_left(self._step):
             # The last step raised before it wrote anything: all that has to be done for this one is
             # done.
-            self._step.skipped = getattr(self.optimizer, "found_inf", None)
+            self._step.skipped = skipped
             self._take_decay_over(stepping, self._step, again=True)
             return
         self.take_back(gradients_count=True)
         self.forget_snapshots()
-        held = [group["params"] for group in self.optimizer.param_groups]
-        # Usually the first that is asked has one.
-        if not any(map(has_gradient, chain.from_iterable(held))):
+        held = list(map(HELD, optimizer.param_groups))
+        if not any_gradient(chain.from_iterable(held)):
             return
-        # Fixed here for the whole step, which may free or replace gradients.
-        stepped = with_gradient(chain.from_iterable(held))
-        step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None), stepped)
+        step = Step(self, self.steps + 1, skipped, partial(_stepped, held))
         self._step = step
         # On its own: it may add handlers that act in this very step.
         self._run(step, Phase.RESOLVE, Phase.RESOLVE)
         self._run(step, Phase.RESOLVE + 1, Phase.SNAPSHOT)
         self.take_snapshots()
+        self._note_gradients(step)
         self._take_decay_over(stepping, step, again=False)
+
+    def _note_gradients(self, step: Step) -> None:
+        """Fix which weights have a gradient for who asks after the update, which may free or
+        replace gradients."""
+        # Looking at every weight is most of what a step costs in which nothing acts.
+        for entry in self._handlers:
+            reads = entry.reads_gradients
+            if entry.phase > Phase.SNAPSHOT and (reads is None or reads(step)):
+                step.note_gradients()
+                return
 
     def _take_decay_over(self, stepping: Optimizer, step: Step, *, again: bool) -> None:
         add_decay = self._takeover.begin(stepping, step, again=again)

@@ -9,6 +9,7 @@ are.
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,9 @@ Number: TypeAlias = float | Tensor
 
 Group: TypeAlias = Mapping[str, Any]
 """A param group, as in ``optimizer.param_groups``, that is only read."""
+
+HELD = itemgetter("params")
+"""The weights of a param group."""
 
 
 def as_number(value: object) -> Number | None:

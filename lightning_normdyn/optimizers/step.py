@@ -73,6 +73,8 @@ class Snapshots:
 
     def take_snapshots(self) -> None:
         """Copy what was asked for and is not there yet."""
+        if not self._requests:
+            return
         requests, self._requests = self._requests, {}
         missing = {
             weight: storage for weight, storage in requests.items() if weight not in self._copies
@@ -167,7 +169,8 @@ class Step:
             one included.
         skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this
             update inside its kernel (GradScaler found an inf).
-        stepped: the weights that had a gradient at ``ready``; the step may free or replace it.
+        stepped: the weights that have a gradient at ``ready``; a callable is asked when somebody
+            wants to know, at most once and before the update, which may free or replace gradients.
 
     Attributes:
         scalings: what was multiplied for it.
@@ -177,7 +180,7 @@ class Step:
     bracket: Bracket
     number: int
     skipped: Tensor | None = None
-    stepped: Sequence[Tensor] = ()
+    stepped: Sequence[Tensor] | Callable[[], Sequence[Tensor]] = ()
 
     def __post_init__(self) -> None:
         self.scalings: list[Scaling] = []
@@ -194,9 +197,22 @@ class Step:
 
     @cached_property
     def with_gradient(self) -> Set[int]:
-        """Ids of the weights that had a gradient at ``ready``."""
+        """Ids of the weights that had a gradient at ``ready``.
+
+        Raises:
+            RuntimeError: after the update, if nobody has asked before it: a handler said that it
+                would not ask (see `StepBracket.add`).
+        """
         # Not in every step: one that nobody acts in does not ask.
-        return frozenset(map(id, self.stepped))
+        stepped = self.stepped
+        if callable(stepped):
+            if self._is_updated:
+                raise RuntimeError(
+                    "Which weights had a gradient was not noted before the update: "
+                    "`reads_gradients` said that nobody would ask."
+                )
+            stepped = stepped()
+        return frozenset(map(id, stepped))
 
     # ------------------------------------------------------------------------- for handlers
 
@@ -249,6 +265,10 @@ class Step:
         return torch.where(is_skipped, torch.full_like(value, otherwise), value)
 
     # ----------------------------------------------------------------------- for the bracket
+
+    def note_gradients(self) -> Set[int]:
+        """Have `with_gradient` known from here on."""
+        return self.with_gradient
 
     def mark_updated(self) -> None:
         """The update has been made, or skipped inside of the kernel."""

@@ -100,9 +100,11 @@ class DecayTakeover:
 
     def _ask(self) -> None:
         """Work out anew what is claimed, unless all claims are the same objects as before."""
-        asked = [(owner, weights()) for owner, weights in self._claims.values()]
-        # With its size: somebody may have added to a set of his own.
-        claims = [(owner, weights, len(weights)) for owner, weights in asked]
+        claims = []
+        for owner, ask in self._claims.values():
+            claimed = ask()
+            # With its size: somebody may have added to a set of his own.
+            claims.append((owner, claimed, len(claimed)))
         if len(claims) == len(self._known) and all(map(_is_same_claim, claims, self._known)):
             return
         self._known, self._owners, self._taken = claims, {}, Taken()
