@@ -241,8 +241,10 @@ class Attachment:
 
     def number_of(self, bracket: Bracket) -> int:
         """The number of the optimizer inside ``bracket``."""
-        brackets: list[Bracket] = [*self.brackets]
-        return brackets.index(bracket)
+        for index, entry in enumerate(self.entries):
+            if entry.bracket is bracket:
+                return index
+        raise ValueError("a bracket of another fit")
 
     def is_stepping(self) -> bool:
         """Whether an optimizer is in the middle of a step."""
@@ -423,15 +425,16 @@ class Attempts:
     def _parts_of(self, optimizer: Optimizer) -> list[Optimizer]:
         """The torch optimizers that step when this one does; none for one in two phases."""
         # What is known of it from when it was bracketed need not be found out in every step.
-        known = [entry for entry in self._attachment.entries if entry.outer is optimizer]
-        if not known:
-            outer = without_framework(optimizer)
-            known = [entry for entry in self._attachment.entries if entry.outer is outer]
-        if not known:
-            return [] if steps_in_two_phases(outer) else torch_optimizers(optimizer)
-        if known[0].return_check is not None:
-            return []
-        return [entry.optimizer for entry in known]
+        outer = without_framework(optimizer)
+        parts = []
+        for entry in self._attachment.entries:
+            if entry.outer is outer:
+                if entry.return_check is not None:
+                    return []
+                parts.append(entry.optimizer)
+        if parts or steps_in_two_phases(outer):
+            return parts
+        return torch_optimizers(optimizer)
 
     def skipped(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""

@@ -125,16 +125,16 @@ class NormDynCallback(Rule):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Read the graph of a watched forward pass."""
-        member = self.member
-        if member.leads:
+        member = self._member
+        if member is not None and member.leads:
             member.session.before_backward(loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Count attempts, so that skipped steps can be told."""
-        member = self.member
-        if member.leads:
+        member = self._member
+        if member is not None and member.leads:
             member.session.attempts.announce(optimizer)
 
     def on_train_batch_end(

@@ -43,10 +43,11 @@ class Clock:
     def is_last(self) -> bool:
         """Whether the fit is planned to end with this batch."""
         trainer = self._trainer
-        # Lightning counts a step of each optimizer.
-        after = trainer.global_step + len(trainer.optimizers)
-        if trainer.max_steps != -1 and after >= trainer.max_steps:
-            return True
+        if trainer.max_steps != -1:
+            # Lightning counts a step of each optimizer.
+            after = trainer.global_step + len(trainer.optimizers)
+            if after >= trainer.max_steps:
+                return True
         is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         return bool(is_last_epoch and trainer.is_last_batch)
 
@@ -55,9 +56,14 @@ class Clock:
         """Lightning's counts of this epoch's batches: ready, started, processed, completed."""
         return self._trainer.fit_loop.epoch_loop.batch_progress.current
 
-    def end_batch(self) -> None:
-        """The hooks of a batch's end are being called; Lightning counts it only after them."""
+    def end_batch(self) -> int:
+        """The hooks of a batch's end are being called; Lightning counts it only after them.
+
+        Returns:
+            Lightning's count of batches that stepped before this one.
+        """
         self._last_ended = batches_that_stepped(self._trainer)
+        return self._last_ended
 
     def position(self) -> list[int]:
         """For a checkpoint: ``now`` of the next batch to be trained on, as a run without

@@ -161,8 +161,11 @@ class Evidence:
 
     def of(self, index: int) -> Examination:
         """What is known of one optimizer's claims."""
+        examination = self._examinations.get(index)
         # Also before its first step: a backward pass may be looked at then.
-        return self._examinations.setdefault(index, Examination())
+        if examination is None:
+            examination = self._examinations[index] = Examination()
+        return examination
 
     # -- claims
     # --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .claims import Claims
 from .clock import Clock
 from .combined import Combined
 from .flavours import Callback, LightningModule, Trainer
-from .lightning_facts import batches_that_stepped, callbacks_of, log_every, set_callbacks
+from .lightning_facts import callbacks_of, log_every, set_callbacks
 from .looks import Looks
 from .member import Member
 from .messages import show, warn_once
@@ -230,7 +230,7 @@ class Session:
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more
         is found (finetuning)."""
-        self.clock.end_batch()
+        stepped = self.clock.end_batch()
         self.claims.epsilons.stop()
         if self._watching:
             self.stop_watching()
@@ -240,16 +240,15 @@ class Session:
         for index, entry in enumerate(self.attachment.entries):
             if entry.return_check is not None and entry.return_check.has_stepped:
                 self.attachment.check_return(index)
-        every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
+        every = log_every(self.trainer)
         if self._witness is not None and every and stepped % every == 0:
             self._witness.look()
             self._witness.look_for_replaced_weights()
-        self._tell_new_plans()
+        if self._has_new_plans and self._begun:
+            self._tell_new_plans()
 
     def _tell_new_plans(self) -> None:
         """Once every optimizer has stepped: was something found, and what?"""
-        if not (self._has_new_plans and self._begun):
-            return
         if any(entry.resolved_for is None for entry in self.attachment.entries):
             return
         self._has_new_plans = False
@@ -283,18 +282,20 @@ class Session:
     def resolve(self, step: Step) -> None:
         """A step is about to happen: every callback makes its plan, unless it has one."""
         index = self.attachment.number_of(step.bracket)
-        self.attachment.check_return(index)
+        if self.attachment.entries[index].return_check is not None:
+            self.attachment.check_return(index)
         logging_step = self.clock.logging_step
         self._decide(index, step, logging_step)
         # A Trainer that never logs has steps like those of one that logs every 50.
-        if not log_every(self.trainer):
+        if not logging_step and not log_every(self.trainer):
             logging_step = step.number // 50
         self.looks.note_gradients(index, step, logging_step)
 
     def _decide(self, index: int, step: Step, logging_step: int) -> None:
         layout = self._take_in_new_weights(index, final=True)
         entry = self.attachment.entries[index]
-        if entry.resolved_for != self._basis(layout):
+        basis = self._basis(layout)
+        if entry.resolved_for != basis:
             self.claims.settle(index, self.weights.owned(step.optimizer))
         if not self._begun:
             with_gradient = any_gradient(self.weights.owned(step.optimizer))
@@ -304,7 +305,8 @@ class Session:
         as_received = entry.return_check is None
         self.claims.question(index, logging_step, as_received=as_received)
         # A contradiction may just have withdrawn a claim.
-        basis = self._basis(layout)
+        if self.claims.version != basis[0]:
+            basis = self._basis(layout)
         if entry.resolved_for == basis:
             return
         entry.resolved_for = basis

@@ -159,8 +159,9 @@ class EpsilonWatch:
 
     def stop(self) -> None:
         """Remove every hook; idempotent."""
-        take_off(self._watched, self._look)
-        self._watched = {}
+        if self._watched:
+            take_off(self._watched, self._look)
+            self._watched = {}
 
     @torch.no_grad()
     def _look(

@@ -182,6 +182,11 @@ class Forecasts:
         self._starts: dict[str, float] = {}
         self._told: set[int] = set()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether some optimizer has not been forecast yet."""
+        return len(self._told) < len(self._ahead)
+
     def awaited(self, gauges: Mapping[int, StepGauge]) -> dict[int, StepGauge]:
         """Those of the optimizers that have not been forecast yet."""
         known = range(len(self._ahead))

@@ -56,7 +56,7 @@ class Foresight:
             ledger: all that is recorded so far.
         """
         forecasts = self._forecasts
-        if forecasts is None:
+        if forecasts is None or not forecasts.has_more:
             return
         arrived = {index: g for index, g in gauges.items() if index in ledger.counted}
         new = forecasts.awaited(arrived)

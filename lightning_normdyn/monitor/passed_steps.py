@@ -79,7 +79,7 @@ class PassedSteps:
         """
         if len(self._readers) != len(groups):
             self._readers = [_GroupReader() for _ in groups]
-        settings = [reader.read(group) for reader, group in zip(self._readers, groups, strict=True)]
+        settings = list(map(_GroupReader.read, self._readers, groups))
         # A step that is taken again may be taken with other numbers, and a loop may be set back.
         while self._changes and self._changes[-1][0] >= number:
             self._changes.pop()
@@ -91,7 +91,8 @@ class PassedSteps:
             self._changes.clear()
         self._was_loaded = False
         self._newest = number
-        if self._changes and _same(self._changes[-1][1], settings):
+        # Told fast: a reader gives the same object while nothing changes.
+        if self._changes and self._changes[-1][1] == settings:
             return
         self._changes.append((number, settings))
         if len(self._changes) > MOST_CHANGES:
@@ -150,6 +151,8 @@ class _GroupReader:
     def __init__(self) -> None:
         self._keys: list[str] = []
         self._written: list[Any] = []
+        # Types of what was written that can be compared.
+        self._compared: set[type] = set()
         self._settings: dict[str, Any] = {}
 
     def read(self, group: Mapping[str, Any]) -> Settings:
@@ -160,17 +163,18 @@ class _GroupReader:
             # of a weight's entries, and a weight may be a single number.
             keys = [key for key in group if key != "params"]
             self._keys = [key for key in keys if _setting(group[key]) is not _NO_NUMBER]
-        written = [group.get(key) for key in self._keys]
-        has_tensors = any(isinstance(value, Tensor) for value in written)
+        written = list(map(group.get, self._keys))
         # Mostly nothing has changed, which one comparison of the lists tells. Not of tensors: they
         # are changed in place, and to compare them would wait for the device.
-        if self._settings and not has_tensors and written == self._written:
+        kinds = set(map(type, written))
+        if kinds <= self._compared and written == self._written:
             return self._settings
         settings = {}
         for key, value in zip(self._keys, written, strict=True):
             setting = _setting(value)
             settings[key] = None if setting is _NO_NUMBER else setting
         self._written = written
+        self._compared = {kind for kind in kinds if not issubclass(kind, Tensor)}
         if settings != self._settings:
             self._settings = settings
         return self._settings
@@ -190,13 +194,6 @@ def _setting(value: Any) -> Any:
     if isinstance(plain, Tensor):
         return None
     return _NO_NUMBER if plain is None else plain
-
-
-def _same(some: Sequence[Settings], others: Sequence[Settings]) -> bool:
-    if len(some) != len(others):
-        return False
-    # By identity first: a reader gives the same object while nothing changes.
-    return all(a is b or a == b for a, b in zip(some, others, strict=True))
 
 
 def _alike(some: Sequence[Settings], others: Sequence[Settings]) -> bool:

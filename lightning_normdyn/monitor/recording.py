@@ -126,7 +126,8 @@ class Recording(Part[Any]):
                 newest = result.step
         # The last logging step up to now. An optimizer that was not measured at it or since is due,
         # whenever it steps next.
-        logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
+        every = self._every
+        logging_step = (now + 1) // every * every - 1 if every else -1
         overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
         due = overdue or newest is None
         if due or self.trainer.should_stop or self.clock.is_last:

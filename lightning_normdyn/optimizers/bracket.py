@@ -295,7 +295,8 @@ class StepBracket(Bracket):
 
     @torch.no_grad()
     def _ready(self, stepping: Optimizer) -> None:
-        self.settle()
+        if self._unsettled is not None:
+            self.settle()
         optimizer = self.optimizer
         skipped = getattr(optimizer, "found_inf", None)
         if self._step is not None and self._is_as_left(self._step):
@@ -330,9 +331,9 @@ class StepBracket(Bracket):
 
     def _take_decay_over(self, stepping: Optimizer, step: Step, *, again: bool) -> None:
         add_decay = self._takeover.begin(stepping, step, again=again)
-        if not again:
+        if not again and step.scalings:
             step.seal()
-            self._settings_left = self._settings() if step.scalings else None
+            self._settings_left = self._settings()
         # After the seal: it is put back after the update, so it does not count as a new gradient.
         if add_decay is not None:
             add_decay()

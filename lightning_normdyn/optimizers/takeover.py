@@ -160,6 +160,9 @@ class DecayTakeover:
             What adds a coupled decay to the gradients, for after they are sealed; None if there is
             none to add.
         """
+        # Most rules leave the decay to the optimizer.
+        if not self._claims:
+            return None
         taken = self._partitions()
         if not taken:
             return None

@@ -124,7 +124,11 @@ def accumulates(model: Any) -> bool:
 
     DeepSpeed's engine accumulates by itself, after it was told to step.
     """
-    is_boundary = getattr(model, "is_gradient_accumulation_boundary", None)
+    name = "is_gradient_accumulation_boundary"
+    # Asked in every batch, and a module takes longer than its class to find out that it has none.
+    if isinstance(model, nn.Module) and not hasattr(type(model), name):
+        return False
+    is_boundary = getattr(model, name, None)
     return is_boundary is not None and not is_boundary()
 
 

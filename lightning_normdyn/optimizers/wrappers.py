@@ -22,13 +22,17 @@ _FRAMEWORKS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "
 
 def without_framework(optimizer: Any) -> Any:
     """The optimizer that a person has made, inside of what a framework has put around it."""
-    while any(_is_framework_wrapper(c) for c in type(optimizer).__mro__):
+    while _is_framework_wrapper(type(optimizer)):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _is_framework_wrapper(kind: type) -> bool:
-    return kind.__name__ in _FRAMEWORK_WRAPPERS and kind.__module__.split(".")[0] in _FRAMEWORKS
+    for each in kind.__mro__:
+        # By its name first, of which nearly all have another.
+        if each.__name__ in _FRAMEWORK_WRAPPERS and each.__module__.split(".")[0] in _FRAMEWORKS:
+            return True
+    return False
 
 
 def closure_does_nothing(closure: Any) -> bool:
