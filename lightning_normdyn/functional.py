@@ -262,8 +262,29 @@ def shrink_factor(
         tensor([0.9900, 0.9800, 0.5000])
     """
     wide = _wide(norm)
-    factor = (1 - lr * alpha * wide).clamp(min=MIN_SHRINK_FACTOR)
+    factor = factor_of_share(shrink_share(wide, lr, alpha))
     return _narrow(factor.where(wide.abs() < math.inf, 1.0), norm)
+
+
+def shrink_share(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
+    r"""The share of itself that AWS takes from each vector, :math:`\eta\alpha\lVert w\rVert`, if it
+    is not clamped; arguments as of :func:`shrink_factor`.
+
+    Example:
+        >>> shrink_share(torch.tensor([1.0, 1000.0]), 0.1, 0.1)
+        tensor([ 0.0100, 10.0000])
+    """
+    return lr * alpha * norm
+
+
+def factor_of_share(share: Tensor) -> Tensor:
+    """:func:`shrink_factor` from :func:`shrink_share`, for norms that are finite.
+
+    Example:
+        >>> factor_of_share(torch.tensor([0.25, 10.0]))
+        tensor([0.7500, 0.5000])
+    """
+    return (1 - share).clamp(min=MIN_SHRINK_FACTOR)
 
 
 def rescale_factor(norm: Tensor, target_norm: Scalar) -> Tensor:

@@ -18,8 +18,9 @@ from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
+    factor_of_share,
     norm_from_sums,
-    shrink_factor,
+    shrink_share,
     std_from_sums,
 )
 from lightning_normdyn.geometry.formulas import moments, squares, work_out
@@ -70,11 +71,11 @@ def shrunk(
     Returns:
         Its factor, ``bad`` and ``counts``.
     """
-    # A vector without a gradient, of length zero or with numbers that are not finite stays as it
-    # is.
-    factor = shrink_factor(size, lr, alpha)
-    factor, bad = guarded(factor, 1.0, bad, active, skipped, size)
-    is_clamped = are_treated(lr * alpha * size > LARGEST_SHARE, active, skipped)
+    # `shrink_factor` in its two steps, since the first is asked for once more. A vector without a
+    # gradient, of length zero or with numbers that are not finite stays as it is.
+    share = shrink_share(size, lr, alpha)
+    factor, bad = guarded(factor_of_share(share), 1.0, bad, active, skipped, size)
+    is_clamped = are_treated(share > LARGEST_SHARE, active, skipped)
     return factor, bad, counts + is_clamped
 
 

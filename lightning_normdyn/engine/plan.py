@@ -351,9 +351,9 @@ class Plan:
     def guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `guarded` takes in this step: ``bad``, who is active, and whether the update is
         skipped. Notes that the callback acts."""
-        is_active = self.active(step) is None or any(self.vectors.has_gradient(step))
-        self.tally.note(step.number, is_active)
-        return self.expected_guards(step)
+        bad, active, skipped = self.expected_guards(step)
+        self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
+        return bad, active, skipped
 
     def expected_guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`guards` of a step in which the callback may not act."""

@@ -10,7 +10,7 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from math import prod
 from typing import Any
 
@@ -114,6 +114,42 @@ class RowIndex:
         return by_vector.index_add_(1, self._of_row, sums)[:, : self.n]
 
 
+class _Room:
+    """Memory for what a kernel writes of each row.
+
+    Args:
+        written: how many numbers of each.
+        rows: how many rows each lot has.
+        dtype: of the numbers.
+        device: where they are kept.
+
+    Attributes:
+        written: all of them, ``(written, rows)``, in the order of lots.
+        columns: the rows of each lot.
+        places: their part of ``written``.
+    """
+
+    def __init__(
+        self,
+        written: int,
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.written = torch.empty(written, sum(rows), dtype=dtype, device=device)
+        stops = list(accumulate(rows))
+        self.columns = [slice(stop - count, stop) for count, stop in zip(rows, stops, strict=True)]
+        self.places = [self.written[:, columns] for columns in self.columns]
+        self._outs: dict[int, tuple[list[int], Views]] = {}
+
+    def outs(self, lot: int, form: list[int]) -> Views:
+        """Where a kernel writes the numbers of the rows of a lot: each of the shape ``form``."""
+        known = self._outs.get(lot)
+        if known is None or known[0] != form:
+            known = self._outs[lot] = form, self.places[lot].view(-1, *form).unbind()
+        return known[1]
+
+
 class Kernels:
     """The primitives on one set of weights.
 
@@ -145,6 +181,8 @@ class Kernels:
         for lot in self._lots:
             self._lots_without_zeros += lot.without_zeros()
         self._order, self._places = self._find_order()
+        self._rooms: dict[Any, _Room] = {}
+        """Kept, since cutting them anew takes longer than small weights themselves."""
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
         be used on the way."""
@@ -190,21 +228,16 @@ class Kernels:
         """
         index = self._index
         dtype = how.dtype or self._precision
-        written = torch.empty(how.written, sum(index.counts), dtype=dtype, device=self._device)
         lots = self._lots if how.bears_zeros else self._lots_without_zeros
+        room = self._room(how.written, dtype, lots)
         given = [self._of_lots(number, 0.0, lots) for number in numbers if number is not None]
 
         added_up: list[tuple[slice, Tensor]] = []
-        stop = 0
-        for lot, *of_lot in zip(lots, *given, strict=True):
-            # Its rows among all, in the order of lots.
-            columns = slice(stop, stop + lot.rows)
-            stop = columns.stop
+        for i, (lot, *of_lot) in enumerate(zip(lots, *given, strict=True)):
             views = lot.views(operands)
-            place = written[:, columns]
             first = next((view for view in views if view is not None), None)
             if first is None:  # e.g. a weight without a gradient
-                place.zero_()
+                room.places[i].zero_()
                 continue
             dims, form = lot.dims(first), lot.form(first)
             # The same numbers for all parts of a row: they broadcast over whatever is cut.
@@ -223,27 +256,39 @@ class Kernels:
                     device=first.device,
                 )
                 in_chunks(self._adding(how, dtype), sums.unbind(), views, dims, entries)
-                added_up.append((columns, sums.flatten(1)))
+                added_up.append((room.columns[i], sums.flatten(1)))
                 continue
 
             # Written where it belongs: one buffer for all pieces saves a copy for each.
-            buffer = place
-            if first.device != self._device:  # offloaded, or one of several devices
-                buffer = torch.empty_like(place, device=first.device)
-            outs = buffer.view(how.written, *form).unbind()
-            in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
-            if buffer is not place:
-                place.copy_(buffer)
+            if first.device == self._device:
+                outs = room.outs(i, form)
+                in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
+            else:  # offloaded, or one of several devices
+                buffer = torch.empty_like(room.places[i], device=first.device)
+                outs = buffer.view(how.written, *form).unbind()
+                in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
+                room.places[i].copy_(buffer)
             if how.writes is not None:
                 lot.put_back(views[how.writes], operands, how.writes)
 
         # Once for all vectors, and in float64: the kernels left the delicate part to this.
-        finished = how.finish(written.to(self._sum_dtype))
+        finished = how.finish(room.written.to(self._sum_dtype))
         for columns, sums in added_up:
             finished[:, columns].copy_(sums)
         if self._places is not None:
             finished = finished[:, self._places]
         return index.to_vectors(finished)
+
+    def _room(self, written: int, dtype: torch.dtype, lots: Sequence[Lot]) -> _Room:
+        """Memory for so many numbers of each row of ``lots``."""
+        kind = written, dtype, lots is self._lots
+        room = self._rooms.get(kind)
+        if room is None:
+            room = _Room(written, [lot.rows for lot in lots], dtype, self._device)
+            # Sums that need no conversion are handed out in this very memory.
+            if self._device.type == "cpu" and dtype != self._sum_dtype:
+                self._rooms[kind] = room
+        return room
 
     def products(
         self,
@@ -405,11 +450,13 @@ class Kernels:
 
     def _of_lots(self, values: Tensor, dummy: float, lots: Sequence[Lot]) -> Sequence[Tensor]:
         """From ``(n,)`` values of vectors those of the rows of each lot."""
-        # Converted and cut once here, not for every lot.
-        of_rows = self._index.to_rows(values.to(self._precision), dummy)
+        # Converted and cut once here, not for every lot. A single one converts what it gets.
+        if len(lots) > 1:
+            values = values.to(self._precision)
+        of_rows = self._index.to_rows(values, dummy)
         if self._order is not None:
             of_rows = of_rows[self._order]
-        return of_rows.split_with_sizes([lot.rows for lot in lots])
+        return of_rows.split_with_sizes([lot.rows for lot in lots]) if len(lots) > 1 else [of_rows]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

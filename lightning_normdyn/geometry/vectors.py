@@ -32,7 +32,7 @@ class HasGradients(Protocol):
 
     @property
     def with_gradient(self) -> Set[int]:
-        """Ids of the weights that had a gradient when the step was ready."""
+        """Ids of the weights that had a gradient when the step was ready; not to be changed."""
 
 
 class HasSnapshots(Protocol):
@@ -128,6 +128,8 @@ class WeightVectors(Reduction):
         self._bare = self._plain and all(p.storage is itself for p in self._placements)
         self._ids = frozenset(map(id, self.weights))
         self._all = (True,) * len(self.weights)
+        self._answered: tuple[Set[int] | None, tuple[bool, ...]] = None, ()
+        """What `has_gradient` was asked last, and what it said."""
         self._index = RowIndex(self._placements, self.device)
         self.n = self._index.n
         self.slices = self._index.slices
@@ -204,12 +206,19 @@ class WeightVectors(Reduction):
 
         True also where this rank holds none of its entries, since other ranks decide.
         """
+        with_gradient = step.with_gradient
+        # Asked several times in a step, and the same set may come in the next one.
+        if self._answered[0] is not with_gradient:
+            self._answered = with_gradient, self._which_are_in(with_gradient)
+        return self._answered[1]
+
+    def _which_are_in(self, ids: Set[int]) -> tuple[bool, ...]:
         # The common case; the loop takes ten times as long.
-        if self._ids <= step.with_gradient:
+        if self._ids <= ids:
             return self._all
         answers = []
         for placement, weight in zip(self._placements, self.weights, strict=True):
-            answers.append(not placement.pieces or id(weight) in step.with_gradient)
+            answers.append(not placement.pieces or id(weight) in ids)
         return tuple(answers)
 
     def versions(self) -> list[int]:

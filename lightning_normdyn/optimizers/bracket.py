@@ -43,6 +43,12 @@ def _stepped(held: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return with_gradient(chain.from_iterable(held))
 
 
+def _holds_gradients(kind: type[Optimizer]) -> bool:
+    """Whether a step lets go of no gradient before it is over: torch's own do not. One of somebody
+    else may, to have their memory."""
+    return kind.step.__module__.startswith("torch.optim.")
+
+
 class _Entry(NamedTuple):
     """A handler and its place in the order of a step."""
 
@@ -332,7 +338,9 @@ class StepBracket(Bracket):
     def _take_decay_over(self, stepping: Optimizer, step: Step, *, again: bool) -> None:
         add_decay = self._takeover.begin(stepping, step, again=again)
         if not again and step.scalings:
-            step.seal()
+            # The arguments of torch's own steps hold the view until they are over, and so do the
+            # frames of one that raised.
+            step.seal(self._takeover.view if _holds_gradients(type(stepping)) else None)
             self._settings_left = self._settings()
         # After the seal: it is put back after the update, so it does not count as a new gradient.
         if add_decay is not None:

@@ -8,7 +8,6 @@ done, and what the optimizer has stepped since.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from operator import and_, is_not, ne, or_
 from typing import Any
 from weakref import ref
@@ -61,6 +60,54 @@ class _Watch:
 
     def written(self) -> list[bool]:
         return list(map(ne, versions_of(self.tensors), self._versions))
+
+
+class _LeftGradients:
+    """The gradients that weights were left with, to be told from others later.
+
+    Args:
+        gradients: of each weight, or None.
+        held_until: lives as long as the step that goes on, which holds all of them anyway; None:
+            nobody is known to hold them.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], held_until: object | None) -> None:
+        # With each its version: a new gradient may be written into the same memory.
+        self._versions = versions_of(gradients)
+        self._held = list(gradients)
+        self._references: list[ref[Tensor] | None] = []
+        self._end: ref[Any] | None = None
+        if held_until is None:
+            self.let_go()
+            return
+        # Nearly always the update is made, and nobody asks: a reference for each gradient would
+        # take longer than all that is done with it. Weak here too: no circle may hold gradients.
+        own = ref(self)
+
+        def let_go(_: Any) -> None:
+            left = own()
+            if left is not None:
+                left.let_go()
+
+        self._end = ref(held_until, let_go)
+
+    def let_go(self) -> None:
+        """Hold them weakly: gradients are the first thing that somebody who is out of memory lets
+        go of."""
+        held, self._held = self._held, []
+        self._references = list(map(_reference, held))
+
+    def gradients(self) -> list[Tensor | None]:
+        """Those of them that are still there."""
+        if self._held:
+            return self._held
+        return [None if reference is None else reference() for reference in self._references]
+
+    def differ_from(self, gradients: Sequence[Tensor | None]) -> list[bool]:
+        """For each weight whether its gradient is another one now."""
+        is_another = map(is_not, gradients, self.gradients())
+        is_written = map(ne, versions_of(gradients), self._versions)
+        return list(map(or_, is_another, is_written))
 
 
 class Scaling:
@@ -125,10 +172,7 @@ class Scaling:
         # Taken before `apply`, so that a later version says that it was done.
         self._before = vectors.versions()
         self._left: list[int] | None = None
-        # Weak: gradients are the first thing that somebody who is out of memory lets go of. With
-        # each its version: a new gradient may be written into the same memory.
-        self._gradients_left: list[ref[Tensor] | None] = []
-        self._gradient_versions: list[int] = []
+        self._gradients_left: _LeftGradients | None = None
 
     def apply(self) -> None:
         """Multiply everything."""
@@ -147,20 +191,22 @@ class Scaling:
 
     # ------------------------------------------------------------------------- what has been done
 
-    def seal(self) -> None:
-        """Everything is ready for the update: what is written from now on, others write."""
-        self._left = self.vectors.versions()
-        self.seal_gradients()
+    def seal(self, held_until: object | None = None) -> None:
+        """Everything is ready for the update: what is written from now on, others write.
 
-    def seal_gradients(self) -> None:
+        Args:
+            held_until: lives as long as the step, if that is known to hold its gradients.
+        """
+        self._left = self.vectors.versions()
+        self.seal_gradients(held_until)
+
+    def seal_gradients(self, held_until: object | None = None) -> None:
         """`seal` the gradients again: they were changed for the step and put back."""
-        gradients = gradients_of(self.vectors.weights)
-        # Where all weights have one, without a Python frame for each.
-        references: Any = map(_reference, gradients)
-        if all(map(is_not, gradients, repeat(None))):
-            references = map(ref, gradients)
-        self._gradients_left = list(references)
-        self._gradient_versions = versions_of(gradients)
+        self._gradients_left = _LeftGradients(gradients_of(self.vectors.weights), held_until)
+
+    def forget_gradients(self) -> None:
+        """The update has been made: nothing depends on its gradients any more."""
+        self._gradients_left = None
 
     def untouched(self) -> bool:
         """Whether nobody has written to weights and gradients since `seal`."""
@@ -169,13 +215,9 @@ class Scaling:
     def _new_gradients(self) -> list[bool]:
         """For each weight whether its gradient is another one than at `seal`."""
         # Not sealed yet: the step raised before its update, so nothing was taken anew.
-        if not self._gradients_left:
+        if self._gradients_left is None:
             return [False] * len(self.vectors.weights)
-        gradients = gradients_of(self.vectors.weights)
-        left = [None if held is None else held() for held in self._gradients_left]
-        is_another = map(is_not, gradients, left)
-        is_written = map(ne, versions_of(gradients), self._gradient_versions)
-        return list(map(or_, is_another, is_written))
+        return self._gradients_left.differ_from(gradients_of(self.vectors.weights))
 
     def judge(self) -> None:
         """Find out what has been done by now: sets `pending` and `stepped`.

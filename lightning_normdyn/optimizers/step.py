@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -31,6 +32,31 @@ class Phase(IntEnum):
     PROJECT = 50  # stepped: on w' - s
     MEASURE_STEP = 60  # stepped: angle of the step
     RESCALE = 70  # stepped: last, so that no step's angle contains it
+
+
+class Ids:
+    """The ids of some weights, worked out anew only where it is others that are asked for: which
+    weights have a gradient is nearly always the same.
+
+    Example:
+        >>> first, second = torch.ones(2), torch.ones(2)
+        >>> ids = Ids()
+        >>> ids.of([first, second]) is ids.of([first, second]), len(ids.of([second]))
+        (True, 1)
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[list[Tensor], frozenset[int]] = [], frozenset()
+
+    def of(self, weights: Sequence[Tensor]) -> frozenset[int]:
+        """The ids of ``weights``; the same object as long as these are the same."""
+        known, ids = self._known
+        # By identity: == would compare entries.
+        if len(known) != len(weights) or not all(map(is_, known, weights)):
+            ids = frozenset(map(id, weights))
+            # The weights with them, so that an id is not given to another object meanwhile.
+            self._known = list(weights), ids
+        return ids
 
 
 class Snapshots:
@@ -104,7 +130,15 @@ class Snapshots:
 
 
 class Bracket(Snapshots, ABC):
-    """What a handler may ask of the `StepBracket` of its step."""
+    """What a handler may ask of the `StepBracket` of its step.
+
+    Attributes:
+        ids: of the weights that had a gradient in its last step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids = Ids()
 
     @property
     @abstractmethod
@@ -212,7 +246,7 @@ class Step:
                     "`reads_gradients` said that nobody would ask."
                 )
             stepped = stepped()
-        return frozenset(map(id, stepped))
+        return self.bracket.ids.of(stepped)
 
     # ------------------------------------------------------------------------- for handlers
 
@@ -273,6 +307,8 @@ class Step:
     def mark_updated(self) -> None:
         """The update has been made, or skipped inside of the kernel."""
         self._is_updated = True
+        for scaling in self.scalings:
+            scaling.forget_gradients()
         counts, self._counts = self._counts, []
         for count in counts:
             count()
@@ -284,10 +320,13 @@ class Step:
         for note in notes:
             note()
 
-    def seal(self) -> None:
-        """Everything is ready for the update: what is written from now on, others write."""
+    def seal(self, held_until: object | None = None) -> None:
+        """Everything is ready for the update: what is written from now on, others write.
+
+        ``held_until`` as in `lightning_normdyn.optimizers.scaling.Scaling.seal`.
+        """
         for scaling in self.scalings:
-            scaling.seal()
+            scaling.seal(held_until)
 
     def take_back(self, *, gradients_count: bool) -> None:
         """Make the weights what they were before this step, up to one rounding.

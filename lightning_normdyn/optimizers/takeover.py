@@ -118,6 +118,11 @@ class DecayTakeover:
     # ----------------------------------------------------------------------------- one step
 
     @property
+    def view(self) -> Optimizer | None:
+        """What the step that goes on runs on, if that is a view; nobody else holds it."""
+        return None if self._view is None else self._view()
+
+    @property
     def changes_gradients(self) -> bool:
         """Whether gradients are changed for the step that goes on."""
         return bool(self._gradients)
@@ -177,7 +182,7 @@ class DecayTakeover:
         if shown is None:
             return None
         # A step without a view would decay what a callback decays already.
-        view = None if self._view is None else self._view()
+        view = self.view
         if view is None:
             raise NotSupportedError(
                 f"The weight decay of {type(optimizer).__name__} would have to be taken over, but "
@@ -198,7 +203,7 @@ class DecayTakeover:
         """
         if self._gradients:
             self._put_gradients_back(step, after_update=after_update)
-        view = None if self._view is None else self._view()
+        view = self.view
         self._view = None
         if view is not None:
             unsplit(view)

@@ -4,6 +4,7 @@ twice."""
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import pytest
@@ -154,13 +155,64 @@ def test_another_rate_is_no_repetition(key):
     assert shrunk == [1, 1]
 
 
-def test_gradients_are_not_kept_alive_by_a_failed_step():
-    optimizer, weights, bracket, _ = made()
+class LetsGo(FailsOnce):
+    """A step that is done with a gradient lets go of it, to have its memory."""
+
+    freed: tuple[bool, ...] = ()
+
+    def step(self, closure: Any = None) -> None:
+        if self.fails_before is not None:
+            self.fails_before = None
+            raise RuntimeError("out of memory")
+        left = references(self.param_groups[0]["params"])
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.data.add_(weight.grad, alpha=-group["lr"])
+                weight.grad = None
+        self.freed = gone(left)
+
+
+def references(weights: list[nn.Parameter]) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(w.grad) for w in weights if w.grad is not None]
+
+
+def gone(left: list[weakref.ref[torch.Tensor]]) -> tuple[bool, ...]:
+    return tuple(reference() is None for reference in left)
+
+
+@pytest.mark.parametrize("kind", [FailsOnce, LetsGo])
+def test_gradients_are_not_kept_alive_by_a_failed_step(kind):
+    weights = two()
+    optimizer = kind([{"params": [w]} for w in weights], lr=0.1)
+    bracket, _ = shrinking(optimizer, weights)
     backward(weights)
+    left = references(weights)
     fail(optimizer)
+    assert bracket.unfinished
+    assert gone(left) == (False, False)
     optimizer.zero_grad()
-    (scaling,) = bracket.unfinished
-    assert all(left is None or left() is None for left in scaling._gradients_left)
+    assert gone(left) == (True, True)
+
+
+def test_gradients_are_not_kept_alive_by_a_step_that_lets_go_of_them():
+    weights = two()
+    optimizer = LetsGo([{"params": [w]} for w in weights], lr=0.1)
+    shrinking(optimizer, weights)
+    backward(weights)
+    optimizer.step()
+    assert optimizer.freed == (True,)
+
+
+def test_gradients_are_not_kept_alive_by_who_keeps_what_was_scaled():
+    optimizer, weights, bracket, _ = made()
+    kept: list[Scaling] = []
+    bracket.add(Phase.SNAPSHOT, lambda step: kept.extend(step.scalings))
+    backward(weights)
+    left = references(weights)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert len(kept) == 1
+    assert gone(left) == (True, True)
 
 
 def test_notes_and_undos_of_a_failed_step():
