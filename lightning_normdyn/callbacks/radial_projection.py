@@ -231,7 +231,7 @@ class ProjectWorker(Worker["RadialProjection"]):
             self._project_at_once(step)
         else:
             # What is not finite has been left alone; here it is remembered.
-            self.plan.guard(self._project_all(step), 0.0, step)
+            self.plan.note_acting(step, self._project_all(step))
 
     def rehearse(self, step: Step) -> None:
         """Sums, coefficients and the change of the step, as told by a copy; by a buffer if there is

@@ -338,15 +338,22 @@ class Plan:
         Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a
         non-finite number. The last two are remembered in ``bad``.
         """
-        # Everything stays on the device: who is left alone is read when somebody asks for it.
-        good = _are_sound(values, norms)
-        self.bad |= ~good
+        good = self.note_acting(step, values, norms)
         active = self.active(step)
-        self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
         if active is not None:
             good = good & active
         # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
         return step.unless_skipped(torch.where(good, values, neutral), neutral)
+
+    def note_acting(self, step: Step, values: Tensor, norms: Tensor | None = None) -> Tensor:
+        """Note that the callback acts in ``step``, and in ``bad`` which vectors it has to leave
+        alone, by ``values`` and ``norms`` as of `guard`; ``(n,)`` bool: the others."""
+        # Everything stays on the device: who is left alone is read when somebody asks for it.
+        good = _are_sound(values, norms)
+        self.bad |= ~good
+        is_active = self.active(step) is None or any(self.vectors.has_gradient(step))
+        self.tally.note(step.number, is_active)
+        return good
 
     def guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `guarded` takes in this step: ``bad``, who is active, and whether the update is

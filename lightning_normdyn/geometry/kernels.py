@@ -10,7 +10,7 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, repeat
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from . import passes
 from .lot_choice import lots_of
 from .lots import Change, Lot, Stack, spread
 from .partition import indices
-from .passes import Dims, Kernel, Operand, Pair, Pass, Views
+from .passes import Dims, Kernel, Operand, Pair, Pass, Room, Views
 from .pieces import Placement, Rows, Runs, rows_of
 from .reduction import Message
 
@@ -114,42 +114,6 @@ class RowIndex:
         return by_vector.index_add_(1, self._of_row, sums)[:, : self.n]
 
 
-class _Room:
-    """Memory for what a kernel writes of each row.
-
-    Args:
-        written: how many numbers of each.
-        rows: how many rows each lot has.
-        dtype: of the numbers.
-        device: where they are kept.
-
-    Attributes:
-        written: all of them, ``(written, rows)``, in the order of lots.
-        columns: the rows of each lot.
-        places: their part of ``written``.
-    """
-
-    def __init__(
-        self,
-        written: int,
-        rows: Sequence[int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.written = torch.empty(written, sum(rows), dtype=dtype, device=device)
-        stops = list(accumulate(rows))
-        self.columns = [slice(stop - count, stop) for count, stop in zip(rows, stops, strict=True)]
-        self.places = [self.written[:, columns] for columns in self.columns]
-        self._outs: dict[int, tuple[list[int], Views]] = {}
-
-    def outs(self, lot: int, form: list[int]) -> Views:
-        """Where a kernel writes the numbers of the rows of a lot: each of the shape ``form``."""
-        known = self._outs.get(lot)
-        if known is None or known[0] != form:
-            known = self._outs[lot] = form, self.places[lot].view(-1, *form).unbind()
-        return known[1]
-
-
 class Kernels:
     """The primitives on one set of weights.
 
@@ -181,7 +145,7 @@ class Kernels:
         for lot in self._lots:
             self._lots_without_zeros += lot.without_zeros()
         self._order, self._places = self._find_order()
-        self._rooms: dict[Any, _Room] = {}
+        self._rooms: dict[Any, Room] = {}
         """Kept, since cutting them anew takes longer than small weights themselves."""
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
@@ -234,7 +198,7 @@ class Kernels:
 
         added_up: list[tuple[slice, Tensor]] = []
         for i, (lot, *of_lot) in enumerate(zip(lots, *given, strict=True)):
-            views = lot.views(operands)
+            views = lot.views(operands, how.writes)
             first = next((view for view in views if view is not None), None)
             if first is None:  # e.g. a weight without a gradient
                 room.places[i].zero_()
@@ -249,12 +213,7 @@ class Kernels:
             at_once = how.streaming and short and first.dtype == dtype
             entries = first.numel() if at_once else self._entries
             if not how.whole_rows and cuts_rows(first, dims, entries):
-                sums = torch.zeros(
-                    how.results,
-                    *form,
-                    dtype=self._sum_dtype,
-                    device=first.device,
-                )
+                sums = torch.zeros(how.results, *form, dtype=self._sum_dtype, device=first.device)
                 in_chunks(self._adding(how, dtype), sums.unbind(), views, dims, entries)
                 added_up.append((room.columns[i], sums.flatten(1)))
                 continue
@@ -279,12 +238,12 @@ class Kernels:
             finished = finished[:, self._places]
         return index.to_vectors(finished)
 
-    def _room(self, written: int, dtype: torch.dtype, lots: Sequence[Lot]) -> _Room:
+    def _room(self, written: int, dtype: torch.dtype, lots: Sequence[Lot]) -> Room:
         """Memory for so many numbers of each row of ``lots``."""
         kind = written, dtype, lots is self._lots
         room = self._rooms.get(kind)
         if room is None:
-            room = _Room(written, [lot.rows for lot in lots], dtype, self._device)
+            room = Room(written, [lot.rows for lot in lots], dtype, self._device)
             # Sums that need no conversion are handed out in this very memory.
             if self._device.type == "cpu" and dtype != self._sum_dtype:
                 self._rooms[kind] = room
@@ -435,12 +394,7 @@ class Kernels:
             outs: Views,
             views: Views,
         ) -> None:
-            part = torch.empty(
-                how.written,
-                *outs[0].shape,
-                dtype=dtype,
-                device=outs[0].device,
-            )
+            part = torch.empty(how.written, *outs[0].shape, dtype=dtype, device=outs[0].device)
             how.kernel(dims, part.unbind(), views)
             # Norms do not add up, their squares do: hence finished first.
             for out, more in zip(outs, how.finish(part.to(self._sum_dtype)), strict=True):

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import compress, groupby, repeat
 from math import prod
+from operator import and_, is_not
 from typing import Any
 
 import torch
@@ -48,9 +49,14 @@ class Lot(ABC):
     rows: int
 
     @abstractmethod
-    def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
+    def views(self, operands: Sequence[Operand], changed: int | None = None) -> list[Tensor | None]:
         """These rows of every operand, hidden entries as zeros; None where an operand has none of
-        them."""
+        them.
+
+        Args:
+            operands: as of `Kernels.sums`.
+            changed: position of the one whose view is to be changed and `put_back`; None: none is.
+        """
 
     @abstractmethod
     def dims(self, view: Tensor) -> Dims:
@@ -115,7 +121,7 @@ class Alone(Lot):
         self._piece = piece
         self._hidden = hidden
 
-    def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
+    def views(self, operands: Sequence[Operand], changed: int | None = None) -> list[Tensor | None]:
         """See `Lot.views`; with hidden entries these are copies."""
         views: list[Tensor | None] = []
         for operand in operands:
@@ -197,12 +203,18 @@ class Stack(Lot):
         largest = max(self._sizes) * prod(self._inner)
         self._changes_in_place = largest > COPIED_ENTRIES
         self._kept: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        # A buffer for the operand that a pass changes, and its parts, of the shapes of the weights.
+        self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
-    def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
-        """See `Lot.views`: copies, with zeros for the weights that an operand has not."""
-        return list(map(self._copied, operands))
+    def views(self, operands: Sequence[Operand], changed: int | None = None) -> list[Tensor | None]:
+        """See `Lot.views`: copies, with zeros for the weights that an operand has not; the one that
+        is changed is valid until the next ones are asked for."""
+        copies = []
+        for place, operand in enumerate(operands):
+            copies.append(self._copied(operand, keeps=place == changed))
+        return copies
 
-    def _copied(self, operand: Operand) -> Tensor | None:
+    def _copied(self, operand: Operand, *, keeps: bool) -> Tensor | None:
         tensors = [operand[weight] for weight in self.weights]
         present = [tensor for tensor in tensors if tensor is not None]
         if not present:
@@ -212,9 +224,23 @@ class Stack(Lot):
                 if tensors[i] is None:
                     tensors[i] = present[0].new_zeros(size, *self._inner)
         # Along the first dimension: the entries then lie in the order of their indices, however
-        # each tensor lies in memory.
+        # each tensor lies in memory. What will be cut again to be put back goes to memory that is
+        # cut already: for small weights that takes as long as copying them. Not what would be
+        # converted on the way there.
+        is_kept = keeps and not self._changes_in_place
+        if is_kept and len({tensor.dtype for tensor in present}) == 1:
+            buffer, _ = self._cut_buffer(present[0])
+            torch.cat(tensors, out=buffer)  # type: ignore[arg-type]
+            return buffer.view(-1, self._length)
         copied: Tensor = torch.cat(tensors)  # type: ignore[arg-type]
         return copied.reshape(-1, self._length)
+
+    def _cut_buffer(self, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        kind = like.device, like.dtype
+        if kind not in self._buffers:
+            buffer = like.new_empty(sum(self._sizes), *self._inner)
+            self._buffers[kind] = buffer, list(buffer.split_with_sizes(self._sizes))
+        return self._buffers[kind]
 
     def dims(self, view: Tensor) -> Dims:
         """See `Lot.dims`."""
@@ -233,20 +259,24 @@ class Stack(Lot):
         """See `Lot.put_back`."""
         if view is None:
             return
-        changed: list[Any] = []
-        values = []
+        changed: list[Any] = [operands[position][weight] for weight in self.weights]
         parts = self._parts(view, position)
-        for weight, part in zip(self.weights, parts, strict=True):
-            if all(operand[weight] is not None for operand in operands):
-                changed.append(operands[position][weight])
-                values.append(part)
+        is_whole = [True] * len(changed)
+        for operand in operands:
+            tensors = [operand[weight] for weight in self.weights]
+            is_whole = list(map(and_, is_whole, map(is_not, tensors, repeat(None))))
+        if not all(is_whole):
+            changed, parts = list(compress(changed, is_whole)), list(compress(parts, is_whole))
         if changed:
-            torch._foreach_copy_(changed, values)
+            torch._foreach_copy_(changed, parts)
 
-    def _parts(self, view: Tensor, position: int) -> Sequence[Tensor]:
+    def _parts(self, view: Tensor, position: int) -> list[Tensor]:
         """The numbers of each weight in the view of the operand at a place, in the weight's own
         shape."""
-        return view.view(-1, *self._inner).split_with_sizes(self._sizes)
+        buffer, parts = self._buffers.get((view.device, view.dtype), (None, []))
+        if buffer is not None and buffer.data_ptr() == view.data_ptr():
+            return parts
+        return list(view.view(-1, *self._inner).split_with_sizes(self._sizes))
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """See `Lot.scale_`."""
@@ -265,7 +295,7 @@ class Stack(Lot):
     ) -> None:
         """See `Lot.change_`; no weight with hidden entries is in a stack."""
         if not self._changes_in_place:
-            views = self.views(operands)
+            views = self.views(operands, changed=0)
             first = views[0]
             if first is None or any(view is None for view in views):
                 return
@@ -338,7 +368,7 @@ class Padded(Stack):
         # A buffer for each operand of a pass, and its parts, of the shapes of the weights.
         self._buffers: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
-    def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
+    def views(self, operands: Sequence[Operand], changed: int | None = None) -> list[Tensor | None]:
         """See `Lot.views`: copies, valid until the next ones are asked for."""
         return [self._filled(operand, place) for place, operand in enumerate(operands)]
 
@@ -379,7 +409,7 @@ class Padded(Stack):
             # What was written behind the rows may be NaN, and would be summed in the next pass.
             view.zero_()
 
-    def _parts(self, view: Tensor, position: int) -> Sequence[Tensor]:
+    def _parts(self, view: Tensor, position: int) -> list[Tensor]:
         _, parts = self._buffer(position, view)
         return parts
 

@@ -12,6 +12,7 @@ Letters: w a weight before a step, v after it, Δ = v - w.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -58,6 +59,42 @@ class Pass:
     whole_rows: bool = False
     writes: int | None = None
     bears_zeros: bool = True
+
+
+class Room:
+    """Memory for what a kernel writes of each row.
+
+    Args:
+        written: how many numbers of each.
+        rows: how many rows each lot has.
+        dtype: of the numbers.
+        device: where they are kept.
+
+    Attributes:
+        written: all of them, ``(written, rows)``, in the order of lots.
+        columns: the rows of each lot.
+        places: their part of ``written``.
+    """
+
+    def __init__(
+        self,
+        written: int,
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.written = torch.empty(written, sum(rows), dtype=dtype, device=device)
+        stops = list(accumulate(rows))
+        self.columns = [slice(stop - count, stop) for count, stop in zip(rows, stops, strict=True)]
+        self.places = [self.written[:, columns] for columns in self.columns]
+        self._outs: dict[int, tuple[list[int], Views]] = {}
+
+    def outs(self, lot: int, form: list[int]) -> Views:
+        """Where a kernel writes the numbers of the rows of a lot: each of the shape ``form``."""
+        known = self._outs.get(lot)
+        if known is None or known[0] != form:
+            known = self._outs[lot] = form, self.places[lot].view(-1, *form).unbind()
+        return known[1]
 
 
 # ---- Norms, moments, displacement, radial part ----

@@ -212,6 +212,10 @@ def facts_of(optimizer: Optimizer, group: Group | None = None) -> OptimizerFacts
         >>> facts_of(sgd).name, facts_of(sgd).exponents
         ('SGD', {'momentum_buffer': -1.0})
     """
+    # Asked a dozen times in every step, and nearly always of an optimizer that was read.
+    row = _row_of_step(type(optimizer))
+    if row is not None and row.known_class is not None:
+        return row
     stepping = _stepping_class(optimizer) or type(optimizer)
     row = row_of(stepping, optimizer.param_groups[0] if group is None else group)
     return row or OptimizerFacts(type(optimizer).__name__)
