@@ -42,6 +42,18 @@ def step_of(plan: Plan, number: int = 1, **arguments: Any) -> Step:
     return Step(plan.bracket, number, stepped=stepped, **arguments)
 
 
+def test_acting_is_noted_with_what_had_to_be_left_alone():
+    plan, _ = two_groups()
+    values = torch.tensor([1.0, inf, 1.0, nan, 1.0], dtype=torch.float64)
+    good = plan.note_acting(step_of(plan), values)
+    assert good.tolist() == [True, False, True, False, True]
+    assert plan.bad.tolist() == [False, True, False, True, False]
+    plan.targets[0].weight.grad = plan.targets[1].weight.grad = None
+    plan.note_acting(step_of(plan, 2), torch.ones_like(values))
+    assert plan.bad.tolist() == [False, True, False, True, False]
+    assert (plan.tally.due, plan.tally.acted) == (2, 1)
+
+
 def test_groups_and_their_vectors():
     plan, optimizer = two_groups()
     assert [where for _, where in plan.groups] == [slice(0, 2), slice(2, 5)]

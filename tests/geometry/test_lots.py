@@ -181,3 +181,30 @@ def test_a_snapshot_on_the_way_is_one_call():
         assert all(map(torch.equal, copies, vectors.weights))
         counts.append(calls.count)
     assert counts[0] == counts[1]
+
+
+def stack_of(count: int) -> Stack:
+    return Stack(range(count), range(count), [torch.Size([2, 3])] * count, 3)
+
+
+def test_what_a_stack_puts_back_was_copied_into_memory_that_is_cut_already():
+    stack = stack_of(3)
+    tensors = [randn(2, 3) for _ in range(3)]
+    first, other = stack.views([tensors, tensors], changed=0)
+    assert torch.equal(first, other)
+    parts = stack._parts(first, 0)
+    assert stack._parts(stack.views([tensors], changed=0)[0], 0) is parts
+    assert stack._parts(other, 0) is not parts
+    before = [tensor.clone() for tensor in tensors]
+    first.mul_(2)
+    # Where one of the operands has no weight, nothing is changed.
+    stack.put_back(first, [tensors, [tensors[0], None, tensors[2]]], 0)
+    changed = [torch.equal(a, 2 * b) for a, b in zip(tensors, before, strict=True)]
+    assert changed == [True, False, True]
+    assert torch.equal(tensors[1], before[1])
+
+
+def test_no_dtype_is_converted_on_the_way_to_memory_that_is_kept():
+    narrow, wide = randn(2, 3).float(), randn(2, 3).double()
+    (view,) = stack_of(2).views([[narrow, wide]], changed=0)
+    assert torch.equal(view[2:], wide)

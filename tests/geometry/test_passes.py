@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_normdyn import functional as F
 from lightning_normdyn.geometry import passes
-from lightning_normdyn.geometry.passes import Pass
+from lightning_normdyn.geometry.passes import Pass, Room
 
 
 def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -90,3 +90,17 @@ def test_a_copy_is_made_on_the_way():
     sums = take(how, before, after, destination)
     assert torch.equal(destination, before)
     torch.testing.assert_close(sums[0], (before * after).sum(1))
+
+
+def test_numbers_of_rows_are_written_to_memory_that_is_cut_already():
+    room = Room(2, [3, 1], torch.float32, torch.device("cpu"))
+    assert room.written.shape == (2, 4)
+    assert room.columns == [slice(0, 3), slice(3, 4)]
+    norms, sums = room.outs(0, [3, 1])
+    assert room.outs(0, [3, 1])[0] is norms
+    norms.fill_(1)
+    sums.fill_(2)
+    room.outs(1, [1])[0].fill_(3)
+    assert room.written[0].tolist() == [1, 1, 1, 3]
+    assert room.written[1, :3].tolist() == [2, 2, 2]
+    assert room.outs(0, [1, 3])[0].shape == (1, 3)

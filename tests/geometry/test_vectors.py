@@ -197,6 +197,19 @@ def test_a_missing_operand_contributes_zeros_and_is_passed_over():
     assert weights[0].grad is None
 
 
+def test_who_has_a_gradient_is_asked_of_each_step_anew():
+    vectors, weights = made("conv", "linear")
+    bracket = StepBracket.of(torch.optim.SGD(weights, lr=0.1))
+    for stepped, answer in (
+        (weights, (True, True)),
+        (weights[1:], (False, True)),
+        (weights[1:], (False, True)),
+        (weights[:1], (True, False)),
+        (list(weights), (True, True)),
+    ):
+        assert vectors.has_gradient(Step(bracket, 1, stepped=stepped)) == answer
+
+
 def test_inner_and_totals_is_both():
     vectors, _ = made("conv", "packed qkv")
     values = vectors.values()

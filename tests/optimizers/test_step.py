@@ -13,7 +13,7 @@ from lightning_normdyn import (
     WeightVectors,
 )
 from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import HostCopy, Step
+from lightning_normdyn.optimizers.step import HostCopy, Ids, Step
 
 
 def test_phases_then_names_decide_the_order_not_the_registration():
@@ -41,6 +41,17 @@ def test_the_phases_of_architecture():
         "RESCALE",
     ]
     assert [p.name for p in Phase] == names
+
+
+def test_ids_are_worked_out_anew_where_the_weights_are_others():
+    first, second = torch.ones(1), torch.ones(1)  # equal, and not the same
+    ids = Ids()
+    known = ids.of([first])
+    assert known == {id(first)}
+    assert ids.of([first]) is known
+    assert ids.of([second]) == {id(second)}
+    assert ids.of([second, first]) == {id(first), id(second)}
+    assert ids.of([]) == frozenset()
 
 
 def a_step(**options):
