@@ -182,9 +182,10 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         self.shrinker.shrink(step, factor)
 
     def rehearse(self, step: Step) -> None:
-        """Sums, factors and the shrink."""
+        """Sums, factors and the shrink; and the sizes that a table asks for after the step."""
         factor, *_ = self._worked_out(self.plan.expected_guards(step))
         self.shrinker.rehearse(factor)
+        self.plan.vectors.totals(self.size())
 
     def _worked_out(self, guards: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """What `shrunk` returns."""

@@ -302,10 +302,7 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         vectors = self.plan.vectors
         # The step is told from a copy: only what the optimizer added is scaled, not the weight.
         step.bracket.request_snapshot(vectors.storages())
-        weights = vectors.values()
-        ww, w1 = vectors.inner((weights, weights), (weights, None))
-        norm = norm_from_sums(ww)
-        std = std_from_sums(ww, w1, vectors.length)
+        norm, std = self._norm_and_std()
         if not self._has_checked_decays:
             self._check_decays(step)
         _, decayed = self.session.combined.decay_shares(plan, step, norm, std)
@@ -318,6 +315,21 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
             decay = self.session.combined.applied_decay(plan, step, norm, std)
             factor = self._recorded_factor(norm, decay)
         self.factor = plan.guard(factor, 1.0, step)
+
+    def rehearse(self, step: Step) -> None:
+        """The sums, and the change of the step."""
+        vectors = self.plan.vectors
+        norm, _ = self._norm_and_std()
+        # The weights stand in for the copy that is not there yet: only its layout matters.
+        vectors.scale_(norm)
+        vectors.add_scaled_(norm, vectors.values())
+
+    def _norm_and_std(self) -> tuple[Tensor, Tensor]:
+        """``(n,)`` each, of the weights as they are."""
+        vectors = self.plan.vectors
+        weights = vectors.values()
+        ww, w1 = vectors.inner((weights, weights), (weights, None))
+        return norm_from_sums(ww), std_from_sums(ww, w1, vectors.length)
 
     def _recorded_factor(self, norm: Tensor, decay: Tensor) -> Tensor:
         """(n / n_ref)^2 (1 - d) / (1 - d_ref) (WRS paper, "scale lr", with the norm ratio

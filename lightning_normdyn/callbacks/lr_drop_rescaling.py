@@ -135,7 +135,7 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         """Factors and the change of lengths: a drop shall not wait for a compiler."""
         ones = [1.0] * len(self.plan.targets)
         factor, _ = self._worked_out(ones, self.plan.expected_guards(step))
-        self.plan.vectors.scale_(factor)
+        self.rescaler.rehearse(factor)
 
     def _worked_out(
         self, factors: list[float], guards: tuple[Tensor | None, ...]

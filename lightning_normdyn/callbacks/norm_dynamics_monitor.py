@@ -11,12 +11,13 @@ from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import did_you_mean
 from lightning_normdyn.monitor.history_files import KeepsHistory
-from lightning_normdyn.monitor.measure import Look, StepGauge
+from lightning_normdyn.monitor.measure import Look, StepGauge, sum_norms
 from lightning_normdyn.monitor.passed_steps import STATE as PASSED_STEPS
 from lightning_normdyn.monitor.passed_steps import PassedSteps
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.recording import Recording
 from lightning_normdyn.optimizers.recognition import applied_rate
+from lightning_normdyn.optimizers.rehearsal import rehearsed
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -80,19 +81,44 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         if newest is not None:
             self._passed.forget(newest)
 
+    def rehearse(self, step: Step) -> None:
+        """All sums of a step that is measured, what is made of them, and the norms at the end of a
+        fit."""
+        plan, combined = self.plan, self.session.combined
+        if self.part.is_off:
+            return
+        like = rehearsed(step, plan.vectors.storages())
+        # One of its own: that of the fit knows which steps it has measured.
+        gauge = self._new_gauge()
+        gauge.before(like, combined.published(plan, "log_scale"))
+        measured = gauge.measure(
+            like,
+            gauge.after(like, combined.published(plan, "target_angle")),
+            Look(due=False, overdue=False),
+            now=0,
+            histograms=self.part.shows_histograms,
+            applied_decay=None,
+            passed=PassedSteps(),
+        )
+        measured.reduce()
+        sum_norms(plan)
+
     def _ready_gauge(self) -> StepGauge:
         """Made at the first measured step, and not with the worker: which quantities apply depends
         on what other callbacks do, and all have made their plans only by then."""
         if self._gauge is None:
             self._say_unknown_rate()
-            self._gauge = StepGauge(
-                self.plan,
-                self.session.combined.effects(self.plan.targets, besides=self.rule),
-                self.rule.quantities,
-                keeps_vectors=self.rule.per_vector_history,
-            )
+            self._gauge = self._new_gauge()
             self.part.gauges[self.plan.index] = self._gauge
         return self._gauge
+
+    def _new_gauge(self) -> StepGauge:
+        return StepGauge(
+            self.plan,
+            self.session.combined.effects(self.plan.targets, besides=self.rule),
+            self.rule.quantities,
+            keeps_vectors=self.rule.per_vector_history,
+        )
 
     def _say_unknown_rate(self) -> None:
         """Whoever misses a curve must find out why it is not there."""

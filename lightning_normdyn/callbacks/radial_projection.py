@@ -241,9 +241,7 @@ class ProjectWorker(Worker["RadialProjection"]):
         values = vectors.values()
         share = self._share(step, plan.expected_guards(step))
         if self.rule.gate == "cosine":
-            # Elsewhere ranks would have to wait for each other.
-            if vectors.everywhere and not vectors.cut:
-                self._rehearse_gates(share)
+            self._rehearse_gates(share)
         else:
             coefficient, _ = work_out(vectors, shortened, radial(vectors, values), share)
             vectors.add_scaled_(coefficient, values)

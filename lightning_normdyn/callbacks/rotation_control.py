@@ -210,6 +210,9 @@ class RotationWorker(Worker["RotationControl"]):
         """By name, ``(n,)`` each: what is remembered of each vector."""
         if rule.norm == "hold":
             plan.published["log_scale"] = self.memory["log_scale"]
+        if rule.rotation.sets_angle:
+            # From the start: who reads it must not find it only from the first step on.
+            plan.published["target_angle"] = torch.zeros_like(plan.counters["clamped"])
         if rule.weight_decay == "replace":
             self.claim_decay(DecayOwner.ROTATION)
 

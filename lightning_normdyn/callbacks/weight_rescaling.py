@@ -114,7 +114,7 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
     def rehearse(self, step: Step) -> None:
         """Sums, factors and the change of lengths."""
         factor, _ = self._worked_out(self.plan.expected_guards(step))
-        self.plan.vectors.scale_(factor)
+        self.rescaler.rehearse(factor)
 
     def _worked_out(self, guards: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """What `rescaled` returns."""

@@ -217,8 +217,11 @@ class Part(Account[AnyRule]):
         worker = self.workers.get(index)
         if worker is None or not fuses_formulas(worker.plan.vectors):
             return
+        vectors, bad = worker.plan.vectors, worker.plan.bad
         with torch.no_grad(), compiling_only():
             worker.rehearse(step)
+            # What had to be left alone is counted when the fit is over.
+            vectors.totals(bad.to(vectors.sum_dtype))
 
     def _replan(self, index: int) -> None:
         """Make a plan for what is known now, and a worker for it; none where nothing is left."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.geometry.formulas import fuses_formulas
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.verdict import Verdict
@@ -321,6 +322,12 @@ class Plan:
         has_gradient = self.vectors.has_gradient(step)
         return None if all(has_gradient) else self.spread(has_gradient)
 
+    def mask(self, step: Step) -> Tensor | None:
+        """`active` for a formula: as a program, the same serves steps without a gradient too."""
+        if fuses_formulas(self.vectors):
+            return self.spread(self.vectors.has_gradient(step))
+        return self.active(step)
+
     def treated(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does
         not skip; None: all, for certain."""
@@ -364,7 +371,7 @@ class Plan:
 
     def expected_guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`guards` of a step in which the callback may not act."""
-        active = self.active(step)
+        active = self.mask(step)
         if step.skipped is None:
             return self.bad, active, None
         return self.bad, active, step.skipped.to(self.bad.device).reshape(())

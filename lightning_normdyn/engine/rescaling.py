@@ -150,6 +150,11 @@ class Rescaler:
             invariant=self.plan.invariant,
         )
 
+    def rehearse(self, factor: Tensor) -> None:
+        """As `Worker.rehearse`: what `scaling` takes, and what it does to the weights."""
+        self._statistics(factor)
+        self.plan.vectors.scale_(factor)
+
     def _statistics(self, factor: Tensor) -> list[Statistics]:
         if not self._followers:
             return []

@@ -18,7 +18,7 @@ from . import passes
 from .fusion import Formula, Number
 from .kernels import Kernels
 from .passes import Operand, Pass
-from .reduction import Message, all_reduce
+from .reduction import Message, all_reduce, alone
 from .triton_kernels import TritonKernels, of_completed, radial_of_step
 from .triton_tables import Unfit
 from .vectors import WeightVectors
@@ -167,7 +167,8 @@ def compiling_only() -> Iterator[None]:
     it after its first write; results are any numbers, and no rank waits for another."""
     TritonKernels.only_compiles = True
     try:
-        yield
+        with alone():
+            yield
     finally:
         TritonKernels.only_compiles = False
 
@@ -270,7 +271,7 @@ def _taken_and_totalled(
     totals = buffer[:room].view(form)
     kernels.totals(of_whole, slots, numbers, vectors.starts, into=totals)
     completed = buffer[room:].view(-1, message.size)[:kinds]
-    _add_up(buffer[: room + completed.numel()], None)
+    all_reduce(buffer[: room + completed.numel()], None)
     try:
         kernels.totals(
             formula, completed, of_cut, message.starts, from_slots=False, into=totals, adds=True
@@ -285,15 +286,9 @@ def _totals_compiled(
     vectors: WeightVectors, sums: Sums, formula: Formula, constants: Sequence[Any]
 ) -> tuple[Taken, Tensor]:
     """Results of the right form, once what `take_with_totals` launches has been compiled."""
-    kernels = vectors._kernels
     rows = _zeros(vectors, sums.how.results)
     with suppress(Unfit):
-        if not isinstance(kernels, TritonKernels):
-            raise Unfit("torch compiles nothing")
-        if vectors.cut:
-            taken = _sent_over_ranks(vectors, kernels, sums)
-        else:
-            taken = Taken(_slots_of(kernels, sums), from_slots=True)
+        taken = _taken(vectors, sums)
         return taken, _totals(vectors, formula, taken, constants)
     totals = torch.stack(formula(*rows, vectors.length, *constants))
     return Taken(rows, from_slots=False), vectors.per_weight(totals)
@@ -377,12 +372,7 @@ def _sent_over_ranks(vectors: WeightVectors, kernels: TritonKernels, sums: Sums)
     message, kinds = vectors.message, sums.how.results
     slots, buffer = kernels.slots_to_send(sums.how, sums.operands, message.parts)
     completed = buffer.view(-1, message.size)[:kinds]
-    return Taken(slots[:kinds], True, message, _add_up(completed, message.group))
-
-
-def _add_up(values: Tensor, group: Any) -> Tensor:
-    # Each rank compiles by itself.
-    return values if TritonKernels.only_compiles else all_reduce(values, group)
+    return Taken(slots[:kinds], True, message, all_reduce(completed, message.group))
 
 
 def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:

@@ -8,7 +8,9 @@ Letters: n vectors held on this rank, K sums.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -42,11 +44,27 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+_IS_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is added up over ranks meanwhile stays what this rank has, and nobody waits for
+    another: for numbers that do not matter."""
+    token = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)
+
+
 def all_reduce(
     values: Tensor,
     group: Any,
 ) -> Tensor:
     """Add up ``values`` over ``group`` (None: all ranks), in place."""
+    if _IS_ALONE.get():
+        return values
     # NCCL cannot send from the memory of the CPU, where offloaded weights have their sums.
     if values.device.type == "cpu" and dist.get_backend(group) == "nccl":
         on_device = values.cuda()

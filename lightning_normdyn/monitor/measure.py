@@ -371,7 +371,7 @@ class StepGauge:
         number = self.plan.number(step)
         passed_since = max(0, min(number - self._newest, VOUCHED))
         self._newest = number
-        active = self.plan.active(step)
+        active = self.plan.mask(step)
         binned = None
         if fuses_formulas(self.plan.vectors) and not (histograms and self.binned):
             packed, size = self._packed_at_once(sums, passed_since, active)
@@ -490,6 +490,10 @@ def mean_norms(plan: Plan) -> dict[str, float]:
 
     Every rank must call it.
     """
-    vectors = plan.vectors
-    means = (vectors.totals(vectors.norms()) / vectors.count).tolist()
+    means = (sum_norms(plan) / plan.vectors.count).tolist()
     return {target.name: mean for target, mean in zip(plan.targets, means, strict=True)}
+
+
+def sum_norms(plan: Plan) -> Tensor:
+    """``(w,)``: the sum of the norms of each weight's vectors; every rank must call it."""
+    return plan.vectors.totals(plan.vectors.norms())

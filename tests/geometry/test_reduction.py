@@ -9,6 +9,15 @@ from shards import mesh_of, partitions, whole
 from torch import nn
 
 from lightning_normdyn import WeightVectors
+from lightning_normdyn.geometry.reduction import all_reduce, alone
+
+
+def test_nobody_waits_for_numbers_that_do_not_matter():
+    # Outside of any process group, in which it would raise.
+    with alone():
+        assert all_reduce(torch.ones(2), None).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="process group"):
+        all_reduce(torch.ones(2), None)
 
 
 def test_a_broken_reduction_is_seen():
