@@ -3,6 +3,8 @@ that say so."""
 
 from typing import Any
 
+from torch import Tensor
+
 from .messages import named, warn_once
 from .plan import Plan, Target
 from .selection import AnyRule, Selection
@@ -108,9 +110,7 @@ class Account(Selection[AnyRule]):
         found = []
         for worker in self.workers.values():
             plan = worker.plan
-            # Over all ranks: of a sharded weight, this rank sees only its own part.
-            totals = plan.vectors.totals(plan.bad.to(plan.vectors.sum_dtype)).tolist()
-            for target, count in zip(plan.targets, totals, strict=True):
+            for target, count in zip(plan.targets, left_alone(plan).tolist(), strict=True):
                 if count:
                     found.append(f"{int(count)} in {target.name}")
         if found:
@@ -130,3 +130,9 @@ class Account(Selection[AnyRule]):
                 f"{self.name} did nothing in this fit: {named(names)} stayed frozen, no optimizer "
                 f"held them, or no loss read all their rows."
             )
+
+
+def left_alone(plan: Plan) -> Tensor:
+    """``(targets,)``: how many vectors of each had to be left alone; every rank must call it."""
+    # Over all ranks: of a sharded weight, this rank sees only its own part.
+    return plan.vectors.totals(plan.bad.to(plan.vectors.sum_dtype))

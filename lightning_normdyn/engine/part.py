@@ -17,7 +17,7 @@ from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.views import torch_optimizers
 
-from .account import Account
+from .account import Account, left_alone
 from .effect import Effect
 from .messages import named, warn_once
 from .plan import Plan, Target
@@ -217,11 +217,9 @@ class Part(Account[AnyRule]):
         worker = self.workers.get(index)
         if worker is None or not fuses_formulas(worker.plan.vectors):
             return
-        vectors, bad = worker.plan.vectors, worker.plan.bad
         with torch.no_grad(), compiling_only():
             worker.rehearse(step)
-            # What had to be left alone is counted when the fit is over.
-            vectors.totals(bad.to(vectors.sum_dtype))
+            left_alone(worker.plan)
 
     def _replan(self, index: int) -> None:
         """Make a plan for what is known now, and a worker for it; none where nothing is left."""
