@@ -242,11 +242,11 @@ def counting(monkeypatch) -> Counted:
     monkeypatch.setattr(Recording, "_send", counting_send)
     add, updated = StepBracket.add, Step.mark_updated
 
-    def counting_add(self, phase, handler, order="", rank=0):
+    def counting_add(self, phase, handler, *where, **how):
         def counting(step):
             counted.record(phase.name, lambda: handler(step))
 
-        return add(self, phase, counting, order, rank)
+        return add(self, phase, counting, *where, **how)
 
     monkeypatch.setattr(StepBracket, "add", counting_add)
     monkeypatch.setattr(

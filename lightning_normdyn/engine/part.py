@@ -215,11 +215,10 @@ class Part(Account[AnyRule]):
     def rehearse(self, index: int, step: Step) -> None:
         """Have compiled what the worker launches, where a GPU runs programs."""
         worker = self.workers.get(index)
-        if worker is None or not fuses_formulas(worker.plan.vectors):
-            return
-        with torch.no_grad(), compiling_only():
-            worker.rehearse(step)
-            left_alone(worker.plan)
+        if worker is not None and fuses_formulas(worker.plan.vectors):
+            with torch.no_grad(), compiling_only():
+                worker.rehearse(step)
+                left_alone(worker.plan)
 
     def _replan(self, index: int) -> None:
         """Make a plan for what is known now, and a worker for it; none where nothing is left."""
