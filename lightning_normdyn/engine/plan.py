@@ -24,6 +24,7 @@ from lightning_normdyn.optimizers.group_numbers import Number
 from lightning_normdyn.optimizers.recognition import applied_rate, facts_of, has_plain_rate
 from lightning_normdyn.optimizers.step import Phase, Step
 
+from .tally import Tally
 from .vector_state import VectorState
 
 
@@ -62,28 +63,6 @@ class Target:
         """Rows and columns, of a weight of two dimensions."""
         shape = self.verdict.shape
         return (shape[0], shape[1]) if len(shape) == 2 else None
-
-
-@dataclass
-class Tally:
-    """In how many steps of one optimizer a callback meant to act, and in how many it found
-    something to act on.
-
-    Args:
-        due: steps in which it was to act.
-        acted: those of them in which some target had a gradient.
-    """
-
-    due: int = 0
-    acted: int = 0
-    _last: int = 0
-
-    def note(self, number: int, found: bool) -> None:
-        """Count step ``number``; several notes about one step count once."""
-        if number != self._last:
-            self._last = number
-            self.due += 1
-            self.acted += found
 
 
 def guarded(

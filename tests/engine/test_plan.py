@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.engine.plan import Plan, Tally, Target
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.verdict import Verdict
@@ -112,13 +112,6 @@ def test_a_guard_leaves_alone_what_cannot_be_treated_and_remembers_it():
     assert plan.guard(torch.full((5,), 3.0), 1.0, step_of(plan)).tolist() == [3, 3, 1, 1, 1]
     skipped = step_of(plan, skipped=torch.ones(1))
     assert plan.guard(torch.full((5,), 3.0), 1.0, skipped).tolist() == [1] * 5
-
-
-def test_a_tally_counts_steps_once():
-    tally = Tally()
-    for number, found in [(1, True), (1, True), (2, False), (5, True)]:
-        tally.note(number, found)
-    assert (tally.due, tally.acted) == (3, 2)
 
 
 def test_counters_state_and_tally_go_on_in_the_next_plan():
