@@ -303,12 +303,7 @@ class Part(Account[AnyRule]):
             )
             plan.on_close(remove)
         if self.rule.acts and index not in self._looked_again:
-            look_again = self._guarded(index, lambda step: self._look_again(plan))
-            order = self.rule.state_key
-            remove = plan.bracket.add(
-                Phase.LOOK_AGAIN, look_again, order, reads_gradients=lambda step: False
-            )
-            plan.on_close(remove)
+            self._look_again(plan)
 
     def _guarded(self, index: int, method: Callable[[Step], None]) -> Callable[[Step], None]:
         """A handler whose refusals end the fit in the first step, and the worker later."""
@@ -328,9 +323,19 @@ class Part(Account[AnyRule]):
     def _look_again(self, plan: Plan) -> None:
         """Ask once more after the optimizer's first real step: before it, most optimizers have no
         state that could be judged."""
-        if plan.index not in self._looked_again:
+
+        def look(step: Step) -> None:
+            remove()
             self._looked_again.add(plan.index)
             self._check_optimizer(plan.optimizer, plan.targets)
+
+        remove = plan.bracket.add(
+            Phase.LOOK_AGAIN,
+            self._guarded(plan.index, look),
+            self.rule.state_key,
+            reads_gradients=lambda step: False,
+        )
+        plan.on_close(remove)
 
     # -- refusals
 

@@ -179,26 +179,40 @@ class LayoutReader:
     def __init__(self) -> None:
         self.latest: Layout = ()
         self._groups: list[Any] = []
-        self._lengths: list[int] = []
         # The weights themselves and not their ids: an id may pass on to another object.
-        self._weights: list[Tensor] = []
+        self._held: list[list[Tensor]] = []
+        self._differ_from_others = True
 
     def read(self, optimizer: Optimizer) -> Layout:
         """The layout as it is now; the same object as before where nothing has changed."""
         groups = optimizer.param_groups
-        lists = list(map(HELD, groups))
-        # Identity, item by item and without a Python frame for each: `==` on tensors compares
-        # their entries.
-        is_same = (
-            list(map(len, lists)) == self._lengths
-            and all(map(is_, groups, self._groups))
-            and all(map(is_, chain.from_iterable(lists), self._weights))
-        )
-        if not is_same:
-            self._groups, self._lengths = list(groups), list(map(len, lists))
-            self._weights = list(chain.from_iterable(lists))
+        held = list(map(HELD, groups))
+        if not all(map(is_, groups, self._groups)) or not self._holds(held):
+            self._groups, self._held = list(groups), list(map(list, held))
+            self._differ_from_others = all(map(_differs, chain.from_iterable(held)))
             self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)
         return self.latest
+
+    def _holds(self, held: list[list[Tensor]]) -> bool:
+        """Whether groups hold the weights that were read last."""
+        if not self._differ_from_others:
+            lengths = list(map(len, held))
+            return lengths == list(map(len, self._held)) and all(
+                map(is_, chain.from_iterable(held), chain.from_iterable(self._held))
+            )
+        # `==` looks at identity first, and takes a twentieth of the time of asking for it weight by
+        # weight.
+        try:
+            return held == self._held
+        except Exception:
+            # Two weights were compared, so they are not the same.
+            return False
+
+
+def _differs(weight: Tensor) -> bool:
+    """Whether ``weight == other`` is never true for another tensor: a comparison of several numbers
+    cannot be a truth, so it raises."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.numel() > 1
 
 
 def is_measurable(weight: Tensor) -> bool:

@@ -329,6 +329,8 @@ class StepBracket(Bracket):
         """Fix which weights have a gradient for who asks after the update, which may free or
         replace gradients."""
         # Looking at every weight is most of what a step costs in which nothing acts.
+        if "with_gradient" in vars(step):
+            return
         for entry in self._handlers:
             reads = entry.reads_gradients
             if entry.phase > Phase.SNAPSHOT and (reads is None or reads(step)):
