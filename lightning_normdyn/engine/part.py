@@ -295,13 +295,10 @@ class Part(Account[AnyRule]):
         # Within a phase, who only looks comes first: it must see what nobody has changed yet. Among
         # those that act the rank decides, and among those that look nothing depends on the order.
         order = f"{int(self.rule.writes or self.rule.acts)} {self.rule.state_key}"
-        reads_gradients = worker.stated_reads_gradients()
+        reads = worker.stated_reads_gradients()
         for phase, method in self.worker.phases.items():
             handler = self._guarded(index, getattr(worker, method))
-            remove = plan.bracket.add(
-                phase, handler, order, self.rule.rank, reads_gradients=reads_gradients
-            )
-            plan.on_close(remove)
+            plan.on_close(plan.bracket.add(phase, handler, order, self.rule.rank, reads))
         if self.rule.acts and index not in self._looked_again:
             self._look_again(plan)
 
@@ -329,12 +326,8 @@ class Part(Account[AnyRule]):
             self._looked_again.add(plan.index)
             self._check_optimizer(plan.optimizer, plan.targets)
 
-        remove = plan.bracket.add(
-            Phase.LOOK_AGAIN,
-            self._guarded(plan.index, look),
-            self.rule.state_key,
-            reads_gradients=lambda step: False,
-        )
+        guarded, order = self._guarded(plan.index, look), self.rule.state_key
+        remove = plan.bracket.add(Phase.LOOK_AGAIN, guarded, order)
         plan.on_close(remove)
 
     # -- refusals

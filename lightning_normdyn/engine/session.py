@@ -146,6 +146,9 @@ class Session:
         entry = self.attachment.entries[index]
         optimizer = entry.optimizer
         layout = entry.layout.read(optimizer)
+        # The same object as long as nothing has changed, as in nearly all batches.
+        if layout is self.weights.layouts.get(index):
+            return layout
         new = self.weights.take_in(index, optimizer, layout, final=final)
         if not new:
             return layout

@@ -37,6 +37,7 @@ class Weights:
         holders: the modules that hold it; several where it is tied.
         shapes: of the whole parameter, wherever its parts lie.
         lazy: those that have no shape yet.
+        layouts: by optimizer, its param groups when all their weights were known.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class Weights:
         self.names: dict[Tensor, Names] = {}
         self.shapes: dict[Tensor, Shape] = {}
         self.lazy: set[Tensor] = set()
-        # By optimizer: the param groups whose weights are known.
-        self._layouts: dict[int, Layout] = {}
+        self.layouts: dict[int, Layout] = {}
         # Map parameters to names now, by identity: after a no-grad forward, FSDP2 exposes other
         # Parameter objects than the optimizer holds.
         self._add(parameter_names(module))
@@ -116,9 +116,6 @@ class Weights:
         Returns:
             The new weights and their names. Weights that had these names before are gone.
         """
-        # Asked for at every batch and step: usually nothing has changed.
-        if self._layouts.get(index) == layout:
-            return {}
         held, new = set(held_by(optimizer)), {}
         if not held <= self.names.keys():
             for weight, names in parameter_names(self.module).items():
@@ -126,7 +123,7 @@ class Weights:
                     new[weight] = names
         # FSDP2 may show other parameters in a forward pass: then ask again at the step.
         if final or held <= self.names.keys() | new.keys():
-            self._layouts[index] = layout
+            self.layouts[index] = layout
         if new:
             self._take_names(set().union(*new.values()))
             self._add(new)
@@ -187,7 +184,7 @@ class LayoutReader:
         """The layout as it is now; the same object as before where nothing has changed."""
         groups = optimizer.param_groups
         held = list(map(HELD, groups))
-        if not all(map(is_, groups, self._groups)) or not self._holds(held):
+        if not (all(map(is_, groups, self._groups)) and self._holds(held)):
             self._groups, self._held = list(groups), list(map(list, held))
             self._differ_from_others = all(map(_differs, chain.from_iterable(held)))
             self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)

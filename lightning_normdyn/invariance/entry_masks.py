@@ -350,11 +350,13 @@ class MaskMemory:
         pruned since."""
         if self._state != self._masking_state():
             return True
+        # Most networks have no masks.
+        if not self._known:
+            return False
         return self._some_seen_once() and self._extra_looks < MOST_EXTRA_LOOKS
 
     def _some_seen_once(self) -> bool:
-        # Most networks have no masks.
-        return bool(self._known) and any(known.looks == 1 for known in self._known.values())
+        return any(known.looks == 1 for known in self._known.values())
 
     def _addresses(self) -> set[int]:
         """Of all tensors that the network keeps; remembers which buffers are masks of weights."""

@@ -287,7 +287,8 @@ class Recording(Part[Any]):
         """Send what was measured in this batch to the host, and publish it when it is there: from a
         GPU one batch later."""
         super().batch_end()
-        self._receive()
+        if self.ledger.sent is not None:
+            self._receive()
         results = self.ledger.results
         if not results:
             return

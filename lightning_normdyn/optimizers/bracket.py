@@ -11,9 +11,9 @@ Fabric or a plain loop. Knows nothing of Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, ParamSpec
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -32,10 +32,27 @@ from .takeover import Claimed, DecayTakeover
 from .views import torch_optimizers
 from .wrappers import closure_does_nothing
 
+P = ParamSpec("P")
+
 
 def _hooked_steps(kind: type[Optimizer]) -> int:
     """How many ``step`` methods of a class and its bases torch has put hooks around."""
     return sum(getattr(vars(c).get("step"), "hooked", False) for c in kind.__mro__)
+
+
+def _without_gradients(method: Callable[P, None]) -> Callable[P, None]:
+    """As ``torch.no_grad()``, for what runs twice in every step: in a third of its time."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            method(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(before)
+
+    return call
 
 
 def _stepped(held: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -299,7 +316,7 @@ class StepBracket(Bracket):
             raise error
         self.on_refusal(error)
 
-    @torch.no_grad()
+    @_without_gradients
     def _ready(self, stepping: Optimizer) -> None:
         if self._unsettled is not None:
             self.settle()
@@ -311,7 +328,8 @@ class StepBracket(Bracket):
             self._step.skipped = skipped
             self._take_decay_over(stepping, self._step, again=True)
             return
-        self.take_back(gradients_count=True)
+        if self._step is not None:
+            self.take_back(gradients_count=True)
         self.forget_snapshots()
         held = list(map(HELD, optimizer.param_groups))
         if not any_gradient(chain.from_iterable(held)):
@@ -348,7 +366,7 @@ class StepBracket(Bracket):
         if add_decay is not None:
             add_decay()
 
-    @torch.no_grad()
+    @_without_gradients
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth:

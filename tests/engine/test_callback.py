@@ -17,6 +17,7 @@ from cases import EVERYBODY, targets_of
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from models import (
+    BATCH,
     TARGETS,
     Net,
     SavesAt,
@@ -399,3 +400,51 @@ def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_no
     # Once each for the start table, the run's description, the last norms and the end table. A step
     # takes its own sums.
     assert taken_of_few == taken_of_many == 4
+
+
+# ---- What a step costs in which nothing acts ----
+
+
+class CountsCalls(L.Callback):
+    """Counts the Python functions of this package that one batch calls, from the first callback's
+    first hook to the same hook of the next batch."""
+
+    # After the steps at which claims are looked at, and before any at which the Trainer logs.
+    COUNTED = 18
+
+    def __init__(self):
+        self.count = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        sys.setprofile(self.see if batch_idx == self.COUNTED else None)
+
+    def see(self, frame, event, argument):
+        is_ours = "lightning_normdyn" in frame.f_code.co_filename
+        self.count += event == "call" and is_ours
+
+
+def calls_of_an_idle_batch(layers, callbacks):
+    counts, batches = CountsCalls(), CountsCalls.COUNTED + 2
+    module = make(net=deep(layers))
+    try:
+        fit(module, [counts, *callbacks], loader(batches * BATCH), max_epochs=1)
+    finally:
+        sys.setprofile(None)
+    return counts.count
+
+
+@pytest.mark.parametrize(
+    ("make_callback", "most"),
+    [
+        (lambda: NormDynamicsMonitor(10**9, tables=False), 135),
+        (lambda: WeightRescaling(10**9), 150),
+    ],
+    ids=["monitor", "rescaling"],
+)
+def test_a_step_in_which_nothing_acts_calls_as_few_functions_for_many_layers_as_for_few(
+    make_callback, most, capsys
+):
+    few, many = (calls_of_an_idle_batch(layers, [make_callback()]) for layers in (2, 12))
+    assert few == many
+    # A step of a small network takes longer for every function that it calls.
+    assert few <= most

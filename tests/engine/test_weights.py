@@ -14,6 +14,7 @@ from lightning_normdyn import (
     NormDynamicsMonitor,
     WeightRescaling,
 )
+from lightning_normdyn.engine.weights import LayoutReader
 
 
 def end_table(capsys):
@@ -34,6 +35,43 @@ def swap_parameter(trainer, module):
     module.net[3].weight = nn.Parameter(old.detach() * 3)
     for group in trainer.optimizers[0].param_groups:
         group["params"] = [module.net[3].weight if p is old else p for p in group["params"]]
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("beside", [[], [1.0]], ids=["alone", "beside a single number"])
+def test_a_weight_that_takes_the_place_of_an_equal_one_is_noticed(shape, beside):
+    def weight():
+        return nn.Parameter(torch.ones(shape))
+
+    held = [weight(), weight(), *(nn.Parameter(torch.tensor(number)) for number in beside)]
+    optimizer = torch.optim.SGD(held, lr=0.1)
+    reader = LayoutReader()
+    before = reader.read(optimizer)
+    assert reader.read(optimizer) is before
+
+    optimizer.param_groups[0]["params"][1] = weight()
+    replaced = reader.read(optimizer)
+    assert replaced != before
+    assert reader.read(optimizer) is replaced
+
+
+def test_weights_of_other_shapes_and_further_groups_are_noticed():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 3)) for _ in range(2)], lr=0.1)
+    reader = LayoutReader()
+    read = [reader.read(optimizer)]
+    params = optimizer.param_groups[0]["params"]
+    params[0] = nn.Parameter(torch.ones(4, 5))
+    read.append(reader.read(optimizer))
+    params[0] = nn.UninitializedParameter()
+    read.append(reader.read(optimizer))
+    params.pop()
+    read.append(reader.read(optimizer))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    read.append(reader.read(optimizer))
+    # Equal to the group whose place it takes.
+    optimizer.param_groups[1] = dict(optimizer.param_groups[1])
+    read.append(reader.read(optimizer))
+    assert len(set(read)) == len(read)
 
 
 def grow(trainer, module):
