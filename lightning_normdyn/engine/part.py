@@ -295,10 +295,11 @@ class Part(Account[AnyRule]):
         # Within a phase, who only looks comes first: it must see what nobody has changed yet. Among
         # those that act the rank decides, and among those that look nothing depends on the order.
         order = f"{int(self.rule.writes or self.rule.acts)} {self.rule.state_key}"
+        place: dict[str, Any] = {"order": order, "rank": self.rule.rank}
         reads = worker.stated_reads_gradients()
         for phase, method in self.worker.phases.items():
             handler = self._guarded(index, getattr(worker, method))
-            plan.on_close(plan.bracket.add(phase, handler, order, self.rule.rank, reads))
+            plan.on_close(plan.bracket.add(phase, handler, **place, reads_gradients=reads))
         if self.rule.acts and index not in self._looked_again:
             self._look_again(plan)
 
@@ -327,7 +328,7 @@ class Part(Account[AnyRule]):
             self._check_optimizer(plan.optimizer, plan.targets)
 
         guarded, order = self._guarded(plan.index, look), self.rule.state_key
-        remove = plan.bracket.add(Phase.LOOK_AGAIN, guarded, order)
+        remove = plan.bracket.add(Phase.LOOK_AGAIN, guarded, order=order)
         plan.on_close(remove)
 
     # -- refusals
