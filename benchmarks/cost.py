@@ -206,6 +206,28 @@ def loss_of_images(net: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(net(x), y)
 
 
+Parallelize = Callable[[nn.Module, Any], None]
+"""Splits a network over the ranks of the mesh that a strategy has made."""
+
+
+def fully_sharded(net: nn.Module, mesh: Any) -> None:
+    """As FSDP2 does it."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(net, mesh=mesh["data_parallel"])
+
+
+def as_ranks(rank: int, port: int) -> None:
+    """Let this process be one of two, as a launcher sets them: then a strategy starts none."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        NODE_RANK="0",
+        LOCAL_RANK=str(rank),
+    )
+
+
 class Fitted(L.LightningModule):
     """A network and its optimizer in a Trainer.
 
@@ -214,7 +236,7 @@ class Fitted(L.LightningModule):
         optimizer: makes the optimizer of its parameters.
         loss: of the network on a batch.
         fit: what measures.
-        sharded: whether its parameters are sharded over the ranks.
+        parallelize: splits its parameters over the ranks.
     """
 
     def __init__(
@@ -223,20 +245,18 @@ class Fitted(L.LightningModule):
         optimizer: Callable[[Any], torch.optim.Optimizer],
         loss: Callable[[nn.Module, Any], Tensor],
         watch: Stopwatch,
-        sharded: bool,
+        parallelize: Parallelize | None,
     ) -> None:
         super().__init__()
         # The step can then be timed apart from the backward pass.
         self.automatic_optimization = False
         self.net, self.optimizer, self.loss = net, optimizer, loss
-        self.watch, self.sharded = watch, sharded
+        self.watch, self.parallelize = watch, parallelize
         self.goes_backward = True
 
     def configure_model(self) -> None:
-        if self.sharded:
-            from torch.distributed.fsdp import fully_shard
-
-            fully_shard(self.net)
+        if self.parallelize is not None:
+            self.parallelize(self.net, self.device_mesh)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer(self.net.parameters())
@@ -370,7 +390,7 @@ class Fit:
         callbacks: of the suite.
         loss: of the network on a batch.
         batch: what every batch is.
-        sharded: whether its parameters are sharded over the ranks.
+        parallelize: splits its parameters over the ranks.
         options: of the Trainer.
     """
 
@@ -385,11 +405,11 @@ class Fit:
         callbacks: Sequence[NormDynCallback] = (),
         loss: Callable[[nn.Module, Any], Tensor] = loss_of_weights,
         batch: Any = 0,
-        sharded: bool = False,
+        parallelize: Parallelize | None = None,
         **options: Any,
     ) -> None:
         self.callbacks, self.watch = list(callbacks), Stopwatch()
-        self.module = Fitted(net, optimizer, loss, self.watch, sharded)
+        self.module = Fitted(net, optimizer, loss, self.watch, parallelize)
         ahead = Ahead(self.watch)
         on_cpu = next(net.parameters()).device.type == "cpu"
         self.trainer = PausedTrainer(
@@ -1367,14 +1387,7 @@ class Wire(TorchDispatchMode):
 
 def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool, port: int) -> None:
     """One of two ranks: count what a step with each callback sends."""
-    # As a launcher sets them: then the strategy starts no processes of its own.
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WORLD_SIZE="2",
-        NODE_RANK="0",
-        LOCAL_RANK=str(rank),
-    )
+    as_ranks(rank, port)
     be_quiet()
     torch.set_num_threads(1)
     found: dict[str, tuple[int, int]] = {}
@@ -1391,7 +1404,9 @@ def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool, port: int) -> N
             if sharded
             else DDPStrategy()
         )
-        fit = Fit(Weights(shapes), sgd, callbacks(), sharded=sharded, strategy=strategy, devices=2)
+        parallelize = fully_sharded if sharded else None
+        options: dict[str, Any] = {"strategy": strategy, "devices": 2}
+        fit = Fit(Weights(shapes), sgd, callbacks(), parallelize=parallelize, **options)
         fit.keep_gradients()
         fit.settle()
         wire = Wire()

@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from typing import Any
 
 import cost
 import torch
+import torch.multiprocessing as mp
 from cost import Fit, Shapes, Weights, adamw_fused, be_quiet, sgd_fused, table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -472,36 +475,135 @@ def networks(bench: Bench) -> dict[str, Network]:
     return found
 
 
+class Halves(nn.Module):
+    """Two matrices, which tensor parallelism splits by columns and by rows; a LayerNorm behind
+    them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.down(torch.tanh(self.up(x))))
+
+
+def tensor_parallel(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    for block in net.children():
+        halves = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(block, mesh["tensor_parallel"], halves)
+
+
+def model_parallel(data: int, tensors: int) -> Any:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensors)
+
+
+LAYOUTS: dict[str, tuple[Callable[[], Any], cost.Parallelize | None]] = {
+    "DDP": (lambda: "ddp", None),
+    "FSDP2": (partial(model_parallel, 2, 1), cost.fully_sharded),
+    "TP": (partial(model_parallel, 1, 2), tensor_parallel),
+}
+ON_RANKS: dict[str, Callable[[], list[Any]]] = {
+    "bare": list,
+    "AWS": lambda: [AdaptiveWeightShrink(1e-3)],
+    "projection": lambda: [RadialProjection()],
+    "projection, cosine gate": lambda: [RadialProjection(gate="cosine")],
+    "monitor, logging": lambda: [NormDynamicsMonitor(1, tables=False)],
+}
+LONGEST = 120.0
+"""Seconds after which two ranks are taken to wait for each other."""
+
+
 def several(bench: Bench) -> str:
-    """The strategies over NCCL, for whoever has two GPUs."""
-    number = 0 if bench.dry else torch.cuda.device_count()
+    """Milliseconds of an optimizer step on two GPUs (NCCL), and how often its ranks communicate in
+    it; without gradients, which strategies send before."""
+    number = 2 if bench.dry else torch.cuda.device_count()
     if number < 2:
         return f"not run: it takes two GPUs, and there {'is one' if number else 'is none'}."
-    lines = []
-    for strategy in ("ddp_spawn", "fsdp"):
-        code = SEVERAL.format(strategy=strategy)
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True
-        )
-        last = (done.stdout.strip().splitlines() or ["nothing"])[-1]
-        failed = (done.stderr.strip().splitlines() or [""])[-1]
-        lines.append(f"- {strategy}: {last if done.returncode == 0 else failed}")
-    return "\n".join(lines)
+    rows = []
+    for layout in LAYOUTS:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                run_ranks(bench, (folder, layout, bench.dry, cost.free_port()))
+                found = json.loads(Path(folder, "found.json").read_text())
+            except Exception as error:  # the next layout may still tell something
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                found = {"failed": [said[-1]]}
+        for label, cells in found.items():
+            rows.append([f"{layout}: {label}", *cells, *[""] * (len(bench.paths) + 1 - len(cells))])
+    return table("", ["ms", *bench.paths, "collectives"], rows)
 
 
-SEVERAL = """
-import lightning as L, torch, cost
-from cost import Fitted, Stopwatch, loss_of_images, resnet18, sgd_fused, suite
-if __name__ == "__main__":
-    module = Fitted(resnet18(), sgd_fused, loss_of_images, Stopwatch(), False)
-    data = [(torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))) for _ in range(30)]
-    loader = torch.utils.data.DataLoader(data, batch_size=None)
-    trainer = L.Trainer(accelerator="gpu", devices=2, strategy="{strategy}", callbacks=suite(5),
-                        max_epochs=1, logger=False, enable_checkpointing=False,
-                        enable_progress_bar=False)
-    trainer.fit(module, loader)
-    print("30 steps on two GPUs")
-"""
+def run_ranks(bench: Bench, arguments: tuple[Any, ...]) -> None:
+    """`on_rank` in two processes."""
+    # A forked process cannot use a GPU that this one has used; a new one imports all anew.
+    method = "fork" if bench.dry else "spawn"
+    ranks = mp.start_processes(on_rank, arguments, nprocs=2, join=False, start_method=method)
+    end = time.monotonic() + LONGEST
+    try:
+        while not ranks.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"no answer after {LONGEST:.0f} s")
+    finally:
+        for process in ranks.processes:
+            process.kill()
+
+
+def on_rank(rank: int, folder: str, layout: str, dry: bool, port: int) -> None:
+    """One of two ranks: time steps with each callback."""
+    cost.as_ranks(rank, port)
+    be_quiet()
+    if dry:
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(rank)
+    bench = Bench(dry)
+    strategy, parallelize = LAYOUTS[layout]
+    width, blocks = (8, 1) if dry else (1024, 8)
+    found = {}
+    for label, callbacks in ON_RANKS.items():
+        cells = []
+        for kind in bench.paths:
+            torch.manual_seed(0)
+            net = nn.Sequential(*[Halves(width) for _ in range(blocks)]).to(bench.device)
+            batch = torch.randn(16, width, device=bench.device)
+            with path(kind):
+                fit = Fit(
+                    net,
+                    cost.sgd,
+                    callbacks(),
+                    cost.loss_of_squares,
+                    batch,
+                    parallelize=parallelize,
+                    strategy=strategy(),
+                    devices=2,
+                )
+                fit.keep_gradients()
+                for _ in range(2 if dry else 20):
+                    fit.run_batch()
+                taken = []
+                for _ in range(bench.rounds):
+                    fit.run_batch()
+                    taken.append(fit.watch.whole)
+                wire = cost.Wire()
+                fit.watch.around = wire.on
+                fit.run_batch()
+            cells.append(f"{1e3 * statistics.median(taken):.2f}")
+        found[label] = [*cells, str(wire.calls)]
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
 
 SECTIONS: dict[str, tuple[str, Callable[[Bench], str]]] = {
     "tests": ("Tests on the device", tests),

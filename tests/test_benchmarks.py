@@ -206,6 +206,12 @@ def test_the_gpu_script_runs_dry(tmp_path):
     assert "failed:" not in text
     assert text.count("\n## ") + text.startswith("## ") == 10
     assert "| tiny: projection, SGD |" in text
+    rows = rows_of(text)
+    for layout in ("DDP", "FSDP2", "TP"):
+        assert rows[f"{layout}: bare"][-1] == "0"
+        # Gates need sums of all weights, however these lie.
+        gated = int(rows[f"{layout}: projection, cosine gate"][-1])
+        assert gated >= (0 if layout == "DDP" else 2)
 
 
 def test_the_gpu_script_goes_on_where_it_stopped(tmp_path):
@@ -214,8 +220,8 @@ def test_the_gpu_script_goes_on_where_it_stopped(tmp_path):
     first = out.read_text()
     assert "## CUDA graphs" in first
     more = output_of(
-        "gpu.py", "--dry-run", "--only", "several", "--out", str(out), folder=tmp_path
+        "gpu.py", "--dry-run", "--only", "resources", "--out", str(out), folder=tmp_path
     )  # fmt: skip
     assert "## CUDA graphs" not in more
     assert out.read_text().startswith(first.rstrip())
-    assert "## Two GPUs" in out.read_text()
+    assert "## Memory, compilation, host" in out.read_text()
