@@ -7,7 +7,7 @@ of its own, and a rule and its formulas are read together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from lightning_normdyn.optimizers.decay import (
     replaced_decay,
 )
 from lightning_normdyn.optimizers.group_numbers import Number, is_zero
-from lightning_normdyn.optimizers.state import step_buffer
+from lightning_normdyn.optimizers.state import StateOf, step_buffer
 from lightning_normdyn.optimizers.step import HostCopy, Phase, Step
 
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
@@ -198,6 +198,10 @@ class ProjectWorker(Worker["RadialProjection"]):
         learning rate."""
         self.has_long_steps = False
         """Whether a step was too long to be told by a buffer."""
+        vectors = self.plan.vectors
+        self.state_of_targets = StateOf(vectors.weights)
+        self.no_share = torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
+        """What each vector loses where its decay is somebody else's."""
         # Projecting would remove the optimizer's decay, so it is applied here.
         self.claim_decay(DecayOwner.PROJECTION)
 
@@ -294,13 +298,14 @@ class ProjectWorker(Worker["RadialProjection"]):
         """Every target; ``(n,)``: by how many times the weight its step was shortened."""
         plan = self.plan
         vectors = plan.vectors
-        share = self._decay(step)
+        rates = plan.rates()
+        share = self._decay(step, rates)
         treated = plan.treated(step)
         if not self.needs_copy:
             # SGD moves a weight by -lr times its momentum buffer, so no copy is needed to know the
             # step.
             moved = self._buffer_values(step)
-            removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, treated)
+            removed, ratio = vectors.remove_radial_of_(moved, -rates, share, treated)
             self._remember_ratio(largest_of(ratio.nan_to_num(0.0)))
             return removed
         before = vectors.snapshots(step.bracket)
@@ -342,11 +347,14 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     # -- the decay
 
-    def _decay(self, step: Step) -> Tensor:
+    def _decay(self, step: Step, rates: Tensor) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
         plan = self.plan
-        share = plan.rates() * self._decays() * self.rule.weight_decay_ratio
-        # AWS goes first where both are on a weight: one decay, not two.
+        # AWS goes first where both are on a weight: one decay, not two. Where that is everywhere,
+        # nobody has to know what this one would be.
+        if plan.owns_none(step, DecayOwner.PROJECTION):
+            return self.no_share
+        share = rates * self._decays() * self.rule.weight_decay_ratio
         return share * plan.owns_decay(step, DecayOwner.PROJECTION)
 
     def _decays(self) -> Tensor:
@@ -394,9 +402,8 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def _buffer_values(self, step: Step) -> list[Tensor | None]:
         """The buffer of each target, as it lies on this rank."""
-        state = step.optimizer.state
-        buffers = [state.get(weight, {}).get(self.buffer) for weight in self.plan.vectors.weights]
-        return self.plan.vectors.local(buffers)
+        states: list[Mapping[Any, Any]] = self.state_of_targets.now(step.optimizer)
+        return self.plan.vectors.local([state.get(self.buffer) for state in states])
 
     def _steps_are_short(self) -> bool:
         """Whether every step so far was shorter than its weight, as far as the host knows; once one

@@ -181,7 +181,7 @@ class Plan:
         self._fixed_rates: Tensor | None = None
         self._values: dict[str, tuple[list[Any], Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-        self._owned: dict[DecayOwner, tuple[Mapping[Tensor, DecayOwner], Tensor, bool]] = {}
+        self._owned: dict[DecayOwner, tuple[Mapping[Tensor, DecayOwner], Tensor, int]] = {}
         self._removers: list[Callable[[], None]] = []
         if not has_plain_rate(self.optimizer):
             # Before everybody who asks for rates in this step: an empty `order` sorts first.
@@ -361,18 +361,22 @@ class Plan:
 
     def owns_all(self, step: Step, owner: DecayOwner) -> bool:
         """Whether `owns_decay` is true of all vectors."""
-        return self._ownership(step, owner)[2]
+        return self._ownership(step, owner)[2] == len(self.targets)
+
+    def owns_none(self, step: Step, owner: DecayOwner) -> bool:
+        """Whether `owns_decay` is true of no vector."""
+        return self._ownership(step, owner)[2] == 0
 
     def _ownership(
         self, step: Step, owner: DecayOwner
-    ) -> tuple[Mapping[Tensor, DecayOwner], Tensor, bool]:
+    ) -> tuple[Mapping[Tensor, DecayOwner], Tensor, int]:
         # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
         known = self._owned.get(owner)
         # The same object as long as all claims are the same.
         if known is None or known[0] is not owners:
             is_owned = [owners.get(target.weight) == owner for target in self.targets]
-            known = self._owned[owner] = owners, self.spread(is_owned), all(is_owned)
+            known = self._owned[owner] = owners, self.spread(is_owned), sum(is_owned)
         return known
 
     def taken_from(self, other: Plan, values: Tensor) -> Tensor:
@@ -452,12 +456,7 @@ class Plan:
         self.counters[key] = self.state(key, 0.0)
         return self.counters[key]
 
-    def count(
-        self,
-        key: str,
-        counted: Tensor,
-        step: Step,
-    ) -> None:
+    def count(self, key: str, counted: Tensor, step: Step) -> None:
         """Set a `counter` after the update, once in a step.
 
         Args:

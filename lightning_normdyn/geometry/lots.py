@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import compress, groupby, repeat
 from math import prod
-from operator import and_, is_not
+from operator import and_, attrgetter, is_not
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ ROW_UNIT = 64
 """Rows that are filled up with zeros are as long as a multiple of this. torch adds up a row by four
 registers, of at most 16 numbers each: zeros that fill whole rounds change no bit of a sum, whatever
 the width of the tensor."""
+
+# Asked of every weight, so without a Python frame for each.
+DTYPE = attrgetter("dtype")
 
 Change = Callable[..., None]
 """``change(views, *numbers)`` writes to the first of the views; numbers broadcast over them."""
@@ -228,7 +231,7 @@ class Stack(Lot):
         # cut already: for small weights that takes as long as copying them. Not what would be
         # converted on the way there.
         is_kept = keeps and not self._changes_in_place
-        if is_kept and len({tensor.dtype for tensor in present}) == 1:
+        if is_kept and len(set(map(DTYPE, present))) == 1:
             buffer, _ = self._cut_buffer(present[0])
             torch.cat(tensors, out=buffer)  # type: ignore[arg-type]
             return buffer.view(-1, self._length)

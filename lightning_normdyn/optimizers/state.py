@@ -11,7 +11,8 @@ Everything here takes plain tensors and optimizers. Where a buffer lies in piece
 weight does, and the caller applies the factors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -40,6 +41,47 @@ def has_stepped(optimizer: Optimizer, weight: Tensor, number: int = 1) -> bool:
     count = as_number(state.get("step"))
     # Some make their buffers with the optimizer (Adagrad), and then their count is 0.
     return count != 0 if isinstance(count, float) else True
+
+
+class StateOf:
+    """The state that an optimizer keeps of some weights, in their order.
+
+    Args:
+        weights: the parameters.
+
+    Example:
+        >>> weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+        >>> sgd = torch.optim.SGD(weights, lr=0.1)
+        >>> sgd.state[weights[1]]["momentum_buffer"] = torch.zeros(2)
+        >>> StateOf(weights).now(sgd)
+        [{}, {'momentum_buffer': tensor([0., 0.])}]
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._weights = list(weights)
+        # Where they stand among the keys of the state. Not the states themselves, which would be
+        # kept alive: as large as the model.
+        self._places: list[int] = []
+
+    def now(self, optimizer: Optimizer) -> list[Mapping[Any, Any]]:
+        """What is known of each weight; empty where nothing is."""
+        state = optimizer.state
+        keys = list(state)
+        if not self._stand_in(keys):
+            place_of = {id(key): place for place, key in enumerate(keys)}
+            self._places = [place_of.get(id(weight), -1) for weight in self._weights]
+        # By their places, and not as keys: to look for a tensor costs a call of Python.
+        if -1 in self._places:
+            return [state.get(weight, {}) for weight in self._weights]
+        states = list(state.values())
+        return [states[place] for place in self._places]
+
+    def _stand_in(self, keys: Sequence[Any]) -> bool:
+        """Whether the weights stand where they were found last."""
+        places = self._places
+        if not places or -1 in places or max(places) >= len(keys):
+            return False
+        return all(map(is_, map(keys.__getitem__, places), self._weights))
 
 
 def state_exponents(optimizer: Optimizer) -> dict[str, float]:

@@ -146,6 +146,9 @@ def test_who_owns_the_decay():
     step = step_of(plan)
     assert plan.owns_decay(step, DecayOwner.SHRINK).tolist() == [0, 0, 1, 1, 1]
     assert not plan.owns_decay(step, DecayOwner.PROJECTION).any()
+    assert plan.owns_none(step, DecayOwner.PROJECTION)
+    assert not plan.owns_none(step, DecayOwner.SHRINK)
+    assert not plan.owns_all(step, DecayOwner.SHRINK)
     plan.close()
     assert plan.bracket.decay_owners() == {}
     plan.close()

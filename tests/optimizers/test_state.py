@@ -14,11 +14,35 @@ from lightning_normdyn.optimizers.decay import (
     supports_decay_takeover,
 )
 from lightning_normdyn.optimizers.state import (
+    StateOf,
     has_stepped,
     per_matrix_only,
     rescale_batch_norm_,
     state_exponents,
 )
+
+
+def test_the_state_of_weights_is_found_wherever_they_stand_in_it():
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(3)]  # equal, and not the same
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    of_two = StateOf(weights[1:])
+    assert of_two.now(optimizer) == [{}, {}]
+    assert not optimizer.state
+    for number, weight in enumerate(weights):
+        optimizer.state[weight] = {"number": number}
+    for _ in range(2):
+        assert of_two.now(optimizer) == [{"number": 1}, {"number": 2}]
+    # Another state of the same weight.
+    optimizer.state[weights[1]] = {"number": 4}
+    assert of_two.now(optimizer) == [{"number": 4}, {"number": 2}]
+    # Another order, and a state that is gone.
+    optimizer.state[weights[0]] = optimizer.state.pop(weights[0])
+    assert of_two.now(optimizer) == [{"number": 4}, {"number": 2}]
+    del optimizer.state[weights[2]]
+    assert of_two.now(optimizer) == [{"number": 4}, {}]
+    optimizer.state[weights[2]] = {"number": 2}
+    assert of_two.now(optimizer) == [{"number": 4}, {"number": 2}]
+
 
 # name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of
 # Adam-like optimizers not at all)
