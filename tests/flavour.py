@@ -1,9 +1,9 @@
 """Runs the tests' own modules with the other of Lightning's two packages.
 
 With ``NORMDYN_TEST_FLAVOUR=pytorch_lightning`` in the environment, ``import lightning as L`` in a
-file of this folder imports ``pytorch_lightning``. Nobody pretends to be another module: what the
-package under test imports, and what it finds in ``sys.modules``, is what a user of that package
-has.
+file of this folder, or in a script of the docs that a test imports, imports ``pytorch_lightning``.
+Nobody pretends to be another module: what the package under test imports, and what it finds in
+``sys.modules``, is what a user of that package has.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _NAMES = {
     "lightning.fabric": "lightning_fabric",
     "lightning": "pytorch_lightning",
 }
-_TESTS = str(Path(__file__).parent)
+# The tests, and the docs' scripts, which they import.
+_TRANSLATED = tuple(str(Path(__file__).parents[1] / folder) for folder in ("tests", "docs"))
 
 
 def translated(name: str) -> str:
@@ -53,7 +54,7 @@ def use_flavour() -> None:
         name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
     ) -> ModuleType:
         importer = (globals or {}).get("__file__") or ""
-        if importer.startswith(_TESTS) and not level:
+        if importer.startswith(_TRANSLATED) and not level:
             name = translated(name)
         return original(name, globals, locals, fromlist, level)
 

@@ -372,7 +372,7 @@ def test_a_command_line_knows_classes_that_are_older_than_itself(tmp_path):
 ROOM = Path(__file__).parents[1]
 ONCE_MORE = [
     "callbacks input_span monitor/test_recording.py monitor/test_loggers.py "
-    "monitor/test_history_files.py monitor/test_alarms.py test_resume.py",
+    "monitor/test_history_files.py monitor/test_alarms.py monitor/report test_resume.py",
     "engine test_conformance.py test_strategies.py",
 ]
 
