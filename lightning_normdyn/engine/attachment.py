@@ -135,6 +135,12 @@ class Attached:
         self.removers = []
 
 
+def made_as(outer: Any, entries: Sequence[Attached]) -> list[Attached]:
+    """What steps when ``outer`` does, the optimizer that a person has made; nothing for one that is
+    not bracketed."""
+    return [entry for entry in entries if entry.outer is outer]
+
+
 class Attachment:
     """The optimizers of one fit, by the number that plans and checkpoints know them by.
 
@@ -411,9 +417,18 @@ class Attempts:
         for entry in entries:
             if entry.bracket.evaluations > 1 and entry.bracket.stepping:
                 return
-        parts = self._parts_of(optimizer)
-        if not parts:
+        # What is known of it from when it was bracketed need not be found out in every step.
+        attached = made_as(optimizer, entries)
+        if not attached:
+            optimizer = without_framework(optimizer)
+            attached = made_as(optimizer, entries)
+        if attached:
+            in_two_phases = attached[0].return_check is not None
+        else:
+            in_two_phases = steps_in_two_phases(optimizer)
+        if in_two_phases:
             return
+        parts = [entry.optimizer for entry in attached] or torch_optimizers(optimizer)
         accumulating = accumulates(self._trainer.strategy.model)
         is_attempt = not accumulating and any(map(any_gradient, map(held_by, parts)))
         self.count += is_attempt
@@ -421,20 +436,6 @@ class Attempts:
         self._batch_of_newest = self._progress.total.ready
         for entry in entries:
             entry.bracket.close_in()
-
-    def _parts_of(self, optimizer: Optimizer) -> list[Optimizer]:
-        """The torch optimizers that step when this one does; none for one in two phases."""
-        # What is known of it from when it was bracketed need not be found out in every step.
-        outer = without_framework(optimizer)
-        parts = []
-        for entry in self._attachment.entries:
-            if entry.outer is outer:
-                if entry.return_check is not None:
-                    return []
-                parts.append(entry.optimizer)
-        if parts or steps_in_two_phases(outer):
-            return parts
-        return torch_optimizers(optimizer)
 
     def skipped(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""

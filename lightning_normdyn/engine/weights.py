@@ -184,26 +184,22 @@ class LayoutReader:
         """The layout as it is now; the same object as before where nothing has changed."""
         groups = optimizer.param_groups
         held = list(map(HELD, groups))
-        if not (all(map(is_, groups, self._groups)) and self._holds(held)):
+        # `==` looks at identity first, and takes a twentieth of the time of asking for it weight by
+        # weight.
+        try:
+            is_same = held == self._held and all(map(is_, groups, self._groups))
+        except Exception:
+            # Two weights were compared, so they are not the same.
+            is_same = False
+        if not is_same or not (self._differ_from_others or self._holds(held)):
             self._groups, self._held = list(groups), list(map(list, held))
             self._differ_from_others = all(map(_differs, chain.from_iterable(held)))
             self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)
         return self.latest
 
     def _holds(self, held: list[list[Tensor]]) -> bool:
-        """Whether groups hold the weights that were read last."""
-        if not self._differ_from_others:
-            lengths = list(map(len, held))
-            return lengths == list(map(len, self._held)) and all(
-                map(is_, chain.from_iterable(held), chain.from_iterable(self._held))
-            )
-        # `==` looks at identity first, and takes a twentieth of the time of asking for it weight by
-        # weight.
-        try:
-            return held == self._held
-        except Exception:
-            # Two weights were compared, so they are not the same.
-            return False
+        """Whether as many weights as were read last are the same objects."""
+        return all(map(is_, chain.from_iterable(held), chain.from_iterable(self._held)))
 
 
 def _differs(weight: Tensor) -> bool:

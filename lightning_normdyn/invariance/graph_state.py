@@ -8,7 +8,7 @@ kind and settings, their mode and the set of trained weights are what they were.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -86,15 +86,18 @@ class Normalizations:
         # in nearly all of them, and that is told faster.
         self._children = [owner._modules for owner, _, _ in self._places]
         self._keys = [key for _, key, _ in self._places]
-        self._seen: _Objects | None = None
+        self._modules: list[Any] = []
+        self._alike: list[_Alike] | None = None
         self._state: tuple[Any, ...] = ()
 
     def state(self) -> tuple[Any, ...]:
         """Mode and settings of each; equal as long as nothing changes."""
         modules = list(map(dict.get, self._children, self._keys))
-        if self._seen is None or not self._seen.are_same(modules):
+        is_known = self._alike is not None and all(map(is_, modules, self._modules))
+        if not is_known or not all(map(_Alike.are_same, self._alike or [])):
             self._state = self._found()
-            self._seen = _Objects.of(modules, [settings for *_, settings in self._places])
+            self._modules = modules
+            self._alike = _alike(modules, [settings for *_, settings in self._places])
         return self._state
 
     def _found(self) -> tuple[Any, ...]:
@@ -147,37 +150,17 @@ class _Alike:
             return False
 
 
-class _Objects:
-    """Modules and their settings by identity.
-
-    Args:
-        modules: the normalizations.
-        alike: them, by the settings that they have.
-    """
-
-    def __init__(self, modules: Sequence[Any], alike: Sequence[_Alike]) -> None:
-        self._modules, self._alike = modules, alike
-
-    @classmethod
-    def of(cls, modules: Sequence[Any], settings: Sequence[tuple[str, ...]]) -> _Objects | None:
-        """Of these modules; None where they cannot be told by identity: one is gone or is of
-        another kind, or a setting is a list."""
-        by_settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for module, names in zip(modules, settings, strict=True):
-            if module is None or not all(name in vars(module) for name in names):
-                return None
-            by_settings.setdefault(names, []).append(vars(module))
-        # A Python frame for each kind of normalization, not for each of them.
-        alike = [_Alike(names, attributes) for names, attributes in by_settings.items()]
-        if not all(kind.can_be_told for kind in alike):
+def _alike(modules: Sequence[Any], settings: Sequence[tuple[str, ...]]) -> list[_Alike] | None:
+    """These modules by the settings that they have; None where they cannot be told by identity: one
+    is gone or is of another kind, or a setting is a list."""
+    by_settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for module, names in zip(modules, settings, strict=True):
+        if module is None or not all(name in vars(module) for name in names):
             return None
-        return cls(modules, alike)
-
-    def are_same(self, modules: Iterable[Any]) -> bool:
-        """Whether these are the same modules, with the same objects as settings."""
-        if not all(map(is_, modules, self._modules)):
-            return False
-        return all(map(_Alike.are_same, self._alike))
+        by_settings.setdefault(names, []).append(vars(module))
+    # A Python frame for each kind of normalization, not for each of them.
+    alike = [_Alike(names, attributes) for names, attributes in by_settings.items()]
+    return alike if all(kind.can_be_told for kind in alike) else None
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ class StepBracket(Bracket):
         # torch calls the hooks again for the super().step() of a subclass: the same step.
         if self._depth > 1:
             return None
-        self.restore()
+        self._takeover.end(self._step, after_update=False)
         stepping, *others = args
         view = self._takeover.view_for(stepping)
         closure = others[0] if others else kwargs.get("closure")
@@ -371,7 +371,7 @@ class StepBracket(Bracket):
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return
-        self.restore(after_update=True)
+        self._takeover.end(self._step, after_update=True)
         step, self._step = self._step, None
         # Without a step the bracket was attached after ready, or no weight had a gradient.
         if step is not None:
@@ -442,14 +442,10 @@ class StepBracket(Bracket):
             with torch.no_grad():
                 step.take_back(gradients_count=gradients_count)
 
-    def restore(self, *, after_update: bool = False) -> None:
-        """Give the optimizer its own gradients back, and show nobody split param groups any more.
-
-        Args:
-            after_update: whether only the update has been there since. If the step raised, somebody
-                may have written new gradients into the same memory: these stay.
-        """
-        self._takeover.end(self._step, after_update=after_update)
+    def restore(self) -> None:
+        """Give the optimizer its own gradients back, and show nobody split param groups any more:
+        the step that goes on is over, or raised."""
+        self._takeover.end(self._step, after_update=False)
 
     # -------------------------------------------------------------------------------- counting
 
