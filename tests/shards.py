@@ -61,13 +61,18 @@ def summary_of_sums(first: Tensor, second: Tensor, length: Tensor) -> tuple[Tens
     return tuple(summary(torch.stack([first, second]), length))
 
 
+def without_length(first: Tensor, second: Tensor, length: Tensor) -> tuple[Tensor, ...]:
+    return first, second
+
+
 def worked_out(vectors: WeightVectors, before: list[Tensor | None]) -> tuple[Tensor, ...]:
     """Sums as formulas get them, and what comes with totals: ``(..., n)`` all, and the totals."""
     moved = formulas.work_out(vectors, as_they_are, formulas.displacement(vectors, before))
     sums = formulas.radial(vectors, before)
     taken, totals = formulas.take_with_totals(vectors, sums, summary_of_sums)
     radial = formulas.work_out(vectors, as_they_are, taken)
-    return torch.stack([*moved, *radial]), totals
+    _, added = formulas.take_with_totals(vectors, sums, without_length, linear=True)
+    return torch.stack([*moved, *radial]), torch.cat([totals, added])
 
 
 def compare(
@@ -132,8 +137,8 @@ def compare(
         ours.add_scaled_(-0.5 * ours.scatter(factors), before)
         theirs.add_scaled_(-0.5 * theirs.scatter(factors), whole(names))
         close(reassemble(), full)
-    # One for each of the two kinds of sums.
-    of_formulas = collectives["inner"] + collectives["inner_and_totals"]
+    # One for each of the three kinds of sums.
+    of_formulas = collectives["inner"] + 2 * collectives["inner_and_totals"]
     assert counted == {"scale_": 0, "formulas": of_formulas, **collectives}
 
 

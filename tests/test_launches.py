@@ -414,10 +414,10 @@ def test_weights_of_16_bits_shrink_in_as_many_launches_whatever_their_number(cou
 # the message and read from it.
 SHARDS = {
     "FSDP2": {"monitor": 4},
-    # Some weights are cut and others lie on one rank: the latter are summarized before each of
-    # the two collectives, the former after it.
-    "TP": {"projection-cosine": 2, "monitor": 4},
-    "FSDP1 FULL_SHARD, one unit": {"projection-cosine": 2, "monitor": 4},
+    # Some weights are cut and others lie on one rank: for the gates the latter are summarized before
+    # the collective, the former after it.
+    "TP": {"projection-cosine": 1, "monitor": 4},
+    "FSDP1 FULL_SHARD, one unit": {"projection-cosine": 1, "monitor": 4},
 }
 SHARDED = (
     "aws",

@@ -25,6 +25,7 @@ from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.geometry.formulas import (
+    Taken,
     fuses_formulas,
     largest_of,
     products,
@@ -34,7 +35,7 @@ from lightning_normdyn.geometry.formulas import (
     work_out,
 )
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import above_zero, removed_part
+from lightning_normdyn.geometry.passes import Operand, above_zero, removed_part
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     Decay,
@@ -256,12 +257,17 @@ class ProjectWorker(Worker["RadialProjection"]):
             # How long steps are is measured until it is known.
             vectors.partial_inner((values, values), exact=False)
 
+    def _step_sums(self, before: Operand) -> tuple[Taken, Tensor]:
+        """Sums of each vector's step, and their totals over weights, ``(2, targets)``."""
+        vectors = self.plan.vectors
+        return take_with_totals(vectors, radial(vectors, before), step_sums, linear=True)
+
     def _rehearse_gates(self, share: tuple[Any, ...]) -> None:
         vectors = self.plan.vectors
         # The weights stand in for gradients and copies: only the layout matters.
         values, delta = vectors.values(), self.rule.delta
         _, of_gates = take_with_totals(vectors, products(vectors, values), gate_sums, (delta,))
-        taken, of_step = take_with_totals(vectors, radial(vectors, values), step_sums)
+        taken, of_step = self._step_sums(values)
         numbers = vectors.weight_of, delta, *of_step, *of_gates, *share
         coefficient, _ = work_out(vectors, shortened_by_totals, taken, numbers)
         vectors.add_scaled_(coefficient, values)
@@ -332,7 +338,7 @@ class ProjectWorker(Worker["RadialProjection"]):
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
         share = self._share(step, plan.guards(step))
-        taken, (layer_ss, layer_sd) = take_with_totals(vectors, radial(vectors, before), step_sums)
+        taken, (layer_ss, layer_sd) = self._step_sums(before)
         into = None, plan.bad
         if fuses_formulas(vectors):
             totals = layer_ss, layer_sd, *gate_totals

@@ -209,6 +209,8 @@ def take_with_totals(
     sums: Sums,
     formula: Formula,
     constants: Sequence[Any] = (),
+    *,
+    linear: bool = False,
 ) -> tuple[Taken, Tensor]:
     """Sums for `work_out`, and over the vectors of each weight the totals of what a formula makes
     of them; in one collective, which every rank must call.
@@ -218,6 +220,8 @@ def take_with_totals(
         sums: what to take.
         formula: of the sums, the number of entries of each vector, and the constants.
         constants: no tensors.
+        linear: whether what the formula makes of the pieces of a vector adds up to what it makes
+            of the vector; then pieces are totalled before the collective, which saves a launch.
 
     Returns:
         The sums, and ``(J, weights)``.
@@ -232,7 +236,7 @@ def take_with_totals(
     if isinstance(kernels, TritonKernels) and not is_simple:
         # Before the collective, or not at all: every rank takes part in it once.
         with suppress(Unfit):
-            return _taken_and_totalled(vectors, kernels, sums, formula, constants)
+            return _taken_and_totalled(vectors, kernels, sums, formula, constants, linear=linear)
     if TritonKernels.only_compiles:
         return _totals_compiled(vectors, sums, formula, constants)
     if isinstance(kernels, TritonKernels) and is_simple:
@@ -243,7 +247,7 @@ def take_with_totals(
             totals = vectors.totals(summarize(_complete(vectors, taken), vectors.length))
             return taken, totals
     packed = sums.take(kernels)
-    totals = vectors.complete_with_totals(packed, summarize)
+    totals = vectors.complete_with_totals(packed, summarize, linear=linear)
     return Taken(packed, from_slots=False), totals
 
 
@@ -253,25 +257,31 @@ def _taken_and_totalled(
     sums: Sums,
     formula: Formula,
     constants: Sequence[Any],
+    *,
+    linear: bool,
 ) -> tuple[Taken, Tensor]:
     """`take_with_totals` where some vectors are cut and others lie on one rank: what
-    `Reduction.complete_with_totals` does, in three launches.
+    `Reduction.complete_with_totals` does, in three launches; ``linear``: in two.
 
     Raises:
         Unfit: before the collective.
     """
     message, kinds = vectors.message_with_totals, sums.how.results
-    of_whole = _of_spoken(formula)
-    numbers = [vectors.length, *constants, message.is_other]
+    of_some = _of_spoken(formula)
+    chosen = message.added if linear else message.others
+    numbers = [vectors.length, *constants, chosen.flags]
     of_cut = [message.length, *constants]
-    form = kernels.number_of_totals(of_whole, kinds, numbers), len(vectors.weights)
+    form = kernels.number_of_totals(of_some, kinds, numbers), len(vectors.weights)
     room = form[0] * form[1]
     slots, buffer = kernels.slots_to_send(sums.how, sums.operands, message.parts, room)
     slots = slots[:kinds]
     totals = buffer[:room].view(form)
-    kernels.totals(of_whole, slots, numbers, vectors.starts, into=totals)
+    kernels.totals(of_some, slots, numbers, vectors.starts, into=totals)
     completed = buffer[room:].view(-1, message.size)[:kinds]
     all_reduce(buffer[: room + completed.numel()], None)
+    taken = Taken(slots, True, message, completed)
+    if linear:
+        return taken, totals
     try:
         kernels.totals(
             formula, completed, of_cut, message.starts, from_slots=False, into=totals, adds=True
@@ -279,7 +289,7 @@ def _taken_and_totalled(
     except Unfit:
         summaries = torch.stack(formula(*completed, *of_cut))
         totals.index_add_(-1, message.weight_of, summaries)
-    return Taken(slots, True, message, completed), totals
+    return taken, totals
 
 
 def _totals_compiled(
@@ -389,7 +399,7 @@ def _complete(vectors: WeightVectors, taken: Taken) -> Tensor:
 
 @cache
 def _of_spoken(formula: Formula) -> Formula:
-    """The same formula of the vectors that a rank speaks for, 0 of the others."""
+    """The same formula of the vectors that a rank speaks for, or adds a piece of; 0 of others."""
 
     def of_spoken(*numbers: Any) -> tuple[Tensor, ...]:
         *given, spoken = numbers

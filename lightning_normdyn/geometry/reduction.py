@@ -100,6 +100,14 @@ Summarize = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Some of the vectors held here: to be added up, and as flags, bool ``(n,)``."""
+
+    runs: Runs
+    flags: Tensor
+
+
+@dataclass(frozen=True)
 class Message:
     """The cut vectors that are completed together, over ranks.
 
@@ -112,8 +120,8 @@ class Message:
             rank. The buffer's vectors stand in the place of weights.
         weight_of: the weight of every vector of the buffer, ``(size,)``.
         length: its number of entries, ``(size,)``.
-        others: local vectors that are not cut and that this rank speaks for; ``is_other``, bool
-            ``(n,)``: whether each is one.
+        others: local vectors that are not cut and that this rank speaks for.
+        added: these, and the pieces of cut vectors that it adds.
     """
 
     group: Any
@@ -124,13 +132,13 @@ class Message:
     parts: Runs
     weight_of: Tensor
     length: Tensor
-    others: Runs
-    is_other: Tensor
+    others: Chosen
+    added: Chosen
 
     @cached_property
     def starts(self) -> Tensor:
         """int32 ``(weights + 1,)``: where the buffer's vectors of each weight begin."""
-        return Runs(slice(None), self.weight_of, self.others.weights).first
+        return Runs(slice(None), self.weight_of, self.others.runs.weights).first
 
 
 class Reduction:
@@ -261,9 +269,7 @@ class Reduction:
         added = cut[adds_of_held[cut]]
         lengths = [length[mask] for length, mask in zip(self._lengths, chosen, strict=True)]
         speaks = self._speaks.cpu()
-        others = speaks[slot[speaks] < 0].to(self.device)
-        is_other = torch.zeros(len(slot), dtype=torch.bool, device=self.device)
-        is_other[others] = True
+        others = speaks[slot[speaks] < 0]
         return Message(
             group=group,
             size=size,
@@ -273,9 +279,17 @@ class Reduction:
             parts=Runs(added.to(self.device), slot[added].to(self.device), size),
             weight_of=self._weights_repeated([int(mask.sum()) for mask in chosen]),
             length=torch.cat(lengths).to(self.device),
-            others=Runs(others, self.weight_of[others], len(self._sizes)),
-            is_other=is_other,
+            others=self._choice(others),
+            added=self._choice(torch.cat([others, added]).sort().values),
         )
+
+    def _choice(self, vectors: Tensor) -> Chosen:
+        """These of the local vectors, which are given in their order."""
+        flags = torch.zeros(len(self.weight_of), dtype=torch.bool, device="cpu")
+        flags[vectors] = True
+        vectors = vectors.to(self.device)
+        runs = Runs(vectors, self.weight_of[vectors], len(self._sizes))
+        return Chosen(runs, flags.to(self.device))
 
     def sum_(
         self,
@@ -302,9 +316,16 @@ class Reduction:
         """Write completed sums, ``(..., size)``, to their vectors."""
         packed[..., buffer.cut] = completed[..., buffer.slot]
 
-    def complete_with_totals(self, packed: Tensor, summarize: Summarize) -> Tensor:
+    def complete_with_totals(
+        self, packed: Tensor, summarize: Summarize, *, linear: bool = False
+    ) -> Tensor:
         """Complete this rank's ``(K, n)`` sums in place and return `totals` of what ``summarize``
         makes of them, in one collective.
+
+        Args:
+            packed: the sums.
+            summarize: of sums and lengths.
+            linear: whether the summaries of the pieces of a vector add up to that of the vector.
 
         Returns:
             ``(J, weights)``.
@@ -312,15 +333,18 @@ class Reduction:
         if self.everywhere or not self.cut:
             return self.totals(summarize(self.sum_(packed), self.length))
         # Whole vectors are summarized before the collective. The sums of all cut vectors go with
-        # them, and every rank summarizes those.
+        # them, and every rank summarizes those, unless their pieces can be summarized before, too.
         buffer = self._far
         parts = self._add_up(packed, buffer.parts)
-        totals = self._add_up(summarize(packed, self.length), buffer.others)
+        summarized = buffer.added if linear else buffer.others
+        totals = self._add_up(summarize(packed, self.length), summarized.runs)
         # Side by side in one message: a second collective would cost its latency again.
         both = all_reduce(torch.cat([totals.flatten(), parts.flatten()]), None)
         sums = both[totals.numel() :].view_as(parts)
         totals = both[: totals.numel()].view_as(totals)
         self.put_back(packed, sums, buffer)
+        if linear:
+            return totals
         return totals.index_add_(-1, buffer.weight_of, summarize(sums, buffer.length))
 
     def per_weight(

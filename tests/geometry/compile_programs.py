@@ -39,11 +39,12 @@ from lightning_normdyn.callbacks.rotation_control import turned
 from lightning_normdyn.callbacks.weight_decay import pulled
 from lightning_normdyn.callbacks.weight_rescaling import rescaled
 from lightning_normdyn.engine.effect import Rotation
-from lightning_normdyn.geometry import kernel_choice
+from lightning_normdyn.geometry import kernel_choice, passes
 from lightning_normdyn.geometry import triton_programs as programs
 from lightning_normdyn.geometry.formulas import squares, take_with_totals, work_out
 from lightning_normdyn.geometry.fusion import Number, Way, write_source
 from lightning_normdyn.geometry.kernel_choice import KernelPath
+from lightning_normdyn.geometry.pieces import Runs
 from lightning_normdyn.geometry.triton_kernels import (
     SCALE_AND_ADD,
     SHORTENED,
@@ -201,6 +202,10 @@ class NoGPU:
         return GPUTarget("cuda", CAPABILITIES[-1], 32)
 
 
+def squares_and_lengths(ww: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ww, length
+
+
 def as_they_are_launched() -> None:
     """The same way to the compiler that a launch takes, with its own arguments."""
     triton.runtime.driver.set_active(NoGPU())
@@ -227,8 +232,15 @@ def as_they_are_launched() -> None:
     vectors.decay_shortened_(n, before)
     numbers = n, Number(0.1), n, flags, None, torch.zeros(())
     work_out(vectors, shrink_by_norm, squares(vectors), numbers, into=(None, flags))
-    take_with_totals(vectors, squares(vectors), lambda ww, length: (ww, length))
+    take_with_totals(vectors, squares(vectors), squares_and_lengths)
     vectors.totals(n)
+    # What ranks send each other, written with the sums; and totals onto what has come.
+    sent = Runs(torch.tensor([0, 9]), torch.tensor([1, 2]), 40)
+    vectors._kernels.slots_to_send(passes.SQUARES, [weights], sent)
+    vectors._kernels.totals(
+        squares_and_lengths, n[None], [n], vectors.starts,
+        from_slots=False, into=torch.ones(2, 2, dtype=torch.float64), adds=True,
+    )  # fmt: skip
     print("as they are launched:", names)
     assert {"sums", "combine", "write", "rule"} == set(names)
 
