@@ -5,8 +5,10 @@ Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -158,23 +160,54 @@ class Rescaler:
     def _statistics(self, factor: Tensor) -> list[Statistics]:
         if not self._followers:
             return []
-        factors = self.plan.vectors.gather(factor)
-        # A filter of one entry is its sum: so the biases come whole from wherever they lie.
-        biases = self._biases.gather(self._biases.inner((self._biases.values(), None))[0])
+        # The 1 at the end is for channels that no vector feeds: their statistics stay.
+        factors = [*self.plan.vectors.gather(factor), factor.new_ones(1)]
+        channels = torch.cat(factors)[self._vector_of_channel]
+        biases = self._gathered_biases()
         statistics = []
-        for follower in self._followers:
+        of_followers = self._by_follower(self._powers(channels))
+        for follower, of_follower in zip(self._followers, of_followers, strict=True):
             mean, var = follower.module.running_mean, follower.module.running_var
             # A person may have taken the statistics away since.
             if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
                 continue
-            # The 1 at the end is for channels that no vector feeds: their statistics stay.
-            extended = torch.cat([factors[follower.position], factor.new_ones(1)])
-            channel = (extended[follower.vector] ** follower.degree).to(mean.device)
+            channel = of_follower.to(mean.device)
             offset = None if follower.bias is None else biases[follower.bias].to(mean.device)
             statistics.append(
                 Statistics(follower.name, follower.module, follower.position, channel, offset)
             )
         return statistics
+
+    @cached_property
+    def _vector_of_channel(self) -> Tensor:
+        """int64: for each channel of all followers the vector that feeds it, among those of all
+        targets; their number where none does."""
+        sizes = [target.partition.n for target in self.plan.targets]
+        starts = list(accumulate(sizes, initial=0))
+        found = []
+        for follower in self._followers:
+            place, size = starts[follower.position], sizes[follower.position]
+            is_fed = follower.vector < size
+            found.append(torch.where(is_fed, follower.vector + place, starts[-1]))
+        return torch.cat(found)
+
+    def _powers(self, channels: Tensor) -> Tensor:
+        """Factors of the channels of all followers, each by the degree of its own."""
+        degrees = {follower.degree for follower in self._followers}
+        if len(degrees) == 1:
+            return channels ** degrees.pop()
+        pairs = zip(self._by_follower(channels), self._followers, strict=True)
+        return torch.cat([part**follower.degree for part, follower in pairs])
+
+    def _by_follower(self, channels: Tensor) -> Sequence[Tensor]:
+        return channels.split_with_sizes([len(follower.vector) for follower in self._followers])
+
+    def _gathered_biases(self) -> list[Tensor]:
+        """Whole, from wherever they lie."""
+        if not self._biases.weights:
+            return []
+        # A filter of one entry is its sum.
+        return self._biases.gather(self._biases.inner((self._biases.values(), None))[0])
 
 
 def changes_function(target: Target) -> str:

@@ -429,17 +429,23 @@ class Reduction:
         out = out[:, :no_bin].reshape(*bins.shape[:-1], weights, size)
         return out if self.everywhere else all_reduce(out, None)
 
+    @cached_property
+    def _gathered_place(self) -> Tensor:
+        """int64 ``(n,)``: where `gather` puts the value of each vector held here."""
+        places, total = [], 0
+        for held, size in zip(self._held, self._sizes, strict=True):
+            places.append(held + total)
+            total += size
+        return torch.cat(places).to(self.device) if places else self._speaks
+
     def gather(
         self,
         values: Tensor,
     ) -> list[Tensor]:
         """From ``(..., n)`` values of the vectors held here to those of all vectors, for each
         weight ``(..., vectors of the weight)``, e.g. for checkpoints. Communicates as `totals`."""
-        places, total = [], 0
-        for held, size in zip(self._held, self._sizes, strict=True):
-            places.append(held + total)
-            total += size
-        place = torch.cat(places).to(values.device) if places else self._speaks
+        place = self._gathered_place.to(values.device)
+        total = sum(self._sizes)
         # Each rank writes what it speaks for into zeros; adding up over the ranks gathers.
         # Integers and flags are sent as floating-point numbers, which hold them exactly.
         dtype = torch.float32 if values.device.type == "mps" else torch.float64

@@ -21,7 +21,7 @@ from lightning_normdyn.geometry.placement import gradients_of, versions_of
 from lightning_normdyn.geometry.rounded import scale_rounded_
 from lightning_normdyn.geometry.vectors import WeightVectors
 
-from .state import rescale_batch_norm_
+from .state import RunningStatistics, rescale_batch_norms_
 
 Ahead = dict[str, Any]
 """What a checkpoint holds although its step has not happened: plain tensors, lists and strings."""
@@ -184,10 +184,10 @@ class Scaling:
             vectors.scale_(self.factor.reciprocal(), vectors.gradients())
         for exponent, watch in self._buffers.values():
             vectors.scale_(self.factor**exponent, vectors.local(watch.tensors))
-        for statistics, _ in self._statistics:
-            _rescale_statistics(
-                statistics.module, statistics.buffers(), statistics.factor, statistics.bias
-            )
+        behind = []
+        for each, _ in self._statistics:
+            behind += _statistics_of(each.module, each.buffers(), each.factor, each.bias)
+        rescale_batch_norms_(behind)
 
     # ------------------------------------------------------------------------- what has been done
 
@@ -256,12 +256,12 @@ class Scaling:
             # Apart from the weights: an exception may have come between the two.
             written = list(map(and_, pending, watch.written()))
             vectors.scale_(self._where(written) ** -exponent, vectors.local(watch.tensors))
-        for statistics, watch in self._statistics:
-            if pending[statistics.position]:
-                written_buffers = _written_buffers(statistics, watch)
-                _rescale_statistics(
-                    statistics.module, written_buffers, 1 / statistics.factor, statistics.bias
-                )
+        behind = []
+        for each, watch in self._statistics:
+            if pending[each.position]:
+                written_buffers = _written_buffers(each, watch)
+                behind += _statistics_of(each.module, written_buffers, 1 / each.factor, each.bias)
+        rescale_batch_norms_(behind)
 
     def _rescale_gradients(self) -> None:
         at_other_scale = []
@@ -440,7 +440,7 @@ def _put_statistics_back(norm: nn.Module, entry: Ahead) -> bool:
         buffers[part] = buffer
     if bias is not None and bias.shape != factor.shape:
         return False
-    _rescale_statistics(norm, buffers, 1 / factor, bias)
+    rescale_batch_norms_(_statistics_of(norm, buffers, 1 / factor, bias))
     return True
 
 
@@ -453,16 +453,18 @@ def _written_buffers(statistics: Statistics, watch: _Watch) -> dict[str, Tensor]
     return {name: buffer for (name, buffer), was_written in written if was_written}
 
 
-def _rescale_statistics(
+def _statistics_of(
     module: nn.Module,
     buffers: Mapping[str, Tensor],
     factor: Tensor,
     bias: Tensor | None,
-) -> None:
+) -> list[RunningStatistics]:
+    """What is to be rescaled of a normalization; nothing without buffers."""
     if not buffers:
-        return
+        return []
     # A checkpoint is loaded on the host.
     device = next(iter(buffers.values())).device
     offset = None if bias is None else bias.to(device)
     eps = float(module.eps)  # type: ignore[arg-type]
-    rescale_batch_norm_(buffers.get("mean"), buffers.get("var"), factor.to(device), offset, eps)
+    mean, var = buffers.get("mean"), buffers.get("var")
+    return [RunningStatistics(mean, var, factor.to(device), offset, eps)]

@@ -13,7 +13,7 @@ weight does, and the caller applies the factors.
 
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,6 +199,57 @@ def step_buffer(optimizer: Optimizer, group: Group) -> str | None:
     if facts.step_buffer is None or type(optimizer) is not facts.known_class:
         return None
     return facts.step_buffer(group)
+
+
+class RunningStatistics(NamedTuple):
+    """What `rescale_batch_norm_` takes."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    factor: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@torch.no_grad()
+def rescale_batch_norms_(norms: Sequence[RunningStatistics]) -> None:
+    """`rescale_batch_norm_` of several normalizations, those that are alike at once.
+
+    Example:
+        >>> means = [torch.ones(2), torch.ones(1)]
+        >>> factors = torch.tensor([3.0, 4.0]), torch.tensor([5.0])
+        >>> rescale_batch_norms_(
+        ...     [RunningStatistics(m, None, f, None, 0.0) for m, f in zip(means, factors)]
+        ... )
+        >>> means
+        [tensor([3., 4.]), tensor([5.])]
+    """
+    ids = [id(tensor) for norm in norms for tensor in norm[:2] if tensor is not None]
+    alike: dict[Any, list[RunningStatistics]] = {}
+    for number, norm in enumerate(norms):
+        # Two weights in front of one normalization rescale it one after the other.
+        key: Any = number
+        if len(set(ids)) == len(ids):
+            kinds = [None if each is None else (each.dtype, each.device) for each in norm[:4]]
+            key = (*kinds, norm.eps)
+        alike.setdefault(key, []).append(norm)
+    for several in alike.values():
+        if len(several) == 1:
+            rescale_batch_norm_(*several[0])
+            continue
+        means, variances, factors, biases, (eps, *_) = zip(*several, strict=True)
+        mean, var = _joined(means), _joined(variances)
+        rescale_batch_norm_(mean, var, torch.cat(factors), _joined(biases), eps)
+        sizes = [len(factor) for factor in factors]
+        for buffers, changed in ((means, mean), (variances, var)):
+            if changed is not None:
+                torch._foreach_copy_(list(buffers), list(changed.split_with_sizes(sizes)))
+
+
+def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them in one; None where there are none."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
 
 
 @torch.no_grad()

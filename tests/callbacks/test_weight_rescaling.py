@@ -300,7 +300,7 @@ def test_a_filter_in_front_of_a_frozen_batch_norm_is_left_alone(dtype):
 
 def test_without_the_correction_evaluation_would_change(monkeypatch):
     monkeypatch.setattr(
-        "lightning_normdyn.optimizers.scaling.rescale_batch_norm_", lambda *args, **kwargs: None
+        "lightning_normdyn.optimizers.scaling.rescale_batch_norms_", lambda norms: None
     )
     look = EvaluatesAroundRescale()
     fit(make(), [WeightRescaling(2, target_norm=3.0), look])

@@ -14,10 +14,12 @@ from lightning_normdyn.optimizers.decay import (
     supports_decay_takeover,
 )
 from lightning_normdyn.optimizers.state import (
+    RunningStatistics,
     StateOf,
     has_stepped,
     per_matrix_only,
     rescale_batch_norm_,
+    rescale_batch_norms_,
     state_exponents,
 )
 
@@ -315,6 +317,39 @@ def test_evaluation_after_equals_evaluation_before(dtype, bias, options, norm_cl
     error = (norm(conv(x)) - before).abs().max()
     assert stale > 1
     assert error < (1e-12 if dtype == torch.float64 else 1e-5) * max(1, before.abs().max().item())
+
+
+def norms_of(kinds):
+    """Statistics of several normalizations, and what each is rescaled by."""
+    generator, norms = torch.Generator().manual_seed(0), []
+    for channels, dtype, has_bias, eps in kinds:
+        mean, var, factor, bias = torch.rand(4, channels, generator=generator).to(dtype) + 0.5
+        norms.append(RunningStatistics(mean, var, factor, bias if has_bias else None, eps))
+    return norms
+
+
+def test_several_normalizations_are_rescaled_as_one_by_one():
+    double = torch.float64
+    kinds = [(3, double, True, 1e-5), (1, double, True, 1e-5), (4, double, False, 1e-5)]
+    kinds += [(2, torch.float32, True, 1e-5), (2, double, True, 1e-3), (5, double, False, 1e-5)]
+    together, alone = norms_of(kinds), norms_of(kinds)
+    # Of one, an exception has come between its two buffers.
+    together[2], alone[2] = (norms[2]._replace(mean=None) for norms in (together, alone))
+    rescale_batch_norms_(together)
+    for norm in alone:
+        rescale_batch_norm_(*norm)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert torch.equal(ours.var, theirs.var)
+        assert ours.mean is None or torch.equal(ours.mean, theirs.mean)
+        assert ours.var._version == theirs.var._version
+
+
+def test_a_normalization_behind_two_weights_is_rescaled_twice():
+    mean, var = torch.ones(2), torch.ones(2)
+    factors = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 3.0])
+    rescale_batch_norms_([RunningStatistics(mean, var, f, None, 0.0) for f in factors])
+    assert mean.tolist() == [2, 3]
+    assert var.tolist() == [4, 9]
 
 
 def test_without_running_statistics_nothing_happens():
