@@ -271,8 +271,8 @@ def shrink_share(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
     is not clamped; arguments as of :func:`shrink_factor`.
 
     Example:
-        >>> shrink_share(torch.tensor([1.0, 1000.0]), 0.1, 0.1)
-        tensor([ 0.0100, 10.0000])
+        >>> shrink_share(torch.tensor([1.0, 2.0]), 0.1, 0.1)
+        tensor([0.0100, 0.0200])
     """
     return lr * alpha * norm
 

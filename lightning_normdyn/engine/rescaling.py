@@ -21,7 +21,7 @@ from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.checks import verify_scale_invariance
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
-from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents
+from lightning_normdyn.optimizers.state import StateOf, per_matrix_only, state_exponents
 
 from .lightning_facts import callbacks_of
 from .messages import named, warn_once
@@ -81,6 +81,7 @@ class Rescaler:
         # With its state kept, a matrix-wise optimizer does not notice what is done to its rows.
         if self._exponents and per_matrix_only(plan.optimizer):
             self._refuse_vectors()
+        self._states = StateOf(plan.vectors.weights)
         self._followers: list[_Follower] = []
         biases: list[Tensor] = []
         for position, target in enumerate(plan.targets):
@@ -145,7 +146,7 @@ class Rescaler:
         return Scaling(
             self.plan.vectors,
             factor,
-            state=self.plan.optimizer.state,
+            states=self._states.now(self.plan.optimizer) if self._exponents else (),
             exponents=self._exponents,
             gradients=gradients,
             statistics=self._statistics(factor),

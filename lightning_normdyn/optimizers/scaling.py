@@ -116,7 +116,7 @@ class Scaling:
     Args:
         vectors: the weights.
         factor: ``(n,)``.
-        state: the optimizer's state, as far as it follows: ``{weight: {buffer: tensor}}``.
+        states: for each weight the optimizer's state, ``{buffer: tensor}``, if it follows.
         exponents: ``{buffer: e}``: the buffer is multiplied by ``factor**e``.
         gradients: whether the gradients of the coming step are divided by the factor.
         statistics: what lies behind the weights.
@@ -147,7 +147,7 @@ class Scaling:
         vectors: WeightVectors,
         factor: Tensor,
         *,
-        state: Mapping[Tensor, Mapping[str, Any]] | None = None,
+        states: Sequence[Mapping[Any, Any]] = (),
         exponents: Mapping[str, float] | None = None,
         gradients: bool = False,
         statistics: Sequence[Statistics] = (),
@@ -163,7 +163,6 @@ class Scaling:
 
         self._buffers: dict[str, tuple[float, _Watch]] = {}
         # Before its first step an optimizer has no buffers: there is nothing to rescale then.
-        states = [(state or {}).get(weight, {}) for weight in weights] if exponents else []
         for name, exponent in (exponents or {}).items():
             buffers = [of_weight.get(name) for of_weight in states]
             if any(buffer is not None for buffer in buffers):

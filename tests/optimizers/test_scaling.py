@@ -251,7 +251,7 @@ def with_everything(
     scaling = Scaling(
         vectors,
         torch.full((6,), factor, dtype=torch.float64),
-        state=state,
+        states=[state[weight] for weight in weights],
         exponents={"exp_avg": -1.0, "exp_avg_sq": -2.0, "not there": -1.0},
         gradients=True,
         statistics=[statistics],
