@@ -374,7 +374,10 @@ def test_programs_are_compiled_before_the_first_write(counted, case):
 
 @pytest.mark.parametrize(
     "case",
-    [case if case == "aws" else pytest.param(case, marks=pytest.mark.slow) for case in AHEAD],
+    [
+        "aws",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("decay", "rotation", "monitor")),
+    ],
 )
 def test_a_gradient_that_is_missing_later_takes_no_other_program(counted, case):
     callback, optimizer, _ = BUDGETS[case]
