@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -220,3 +220,26 @@ def test_a_claim_of_decay_ends_with_the_plan() -> None:
     trainer = fit(module, [callback], max_steps=2)
     assert owners == [DecayOwner.SHRINK] * 2
     assert StepBracket.of(trainer.optimizers[0]).decay_owners() == {}
+
+
+class OwnTurnsWorker(WeightRescaling.worker):
+    """Acts at other steps than its base says."""
+
+    @during(Phase.RESCALE)
+    def rescale(self, step: Any) -> None:
+        self.part.seen.append(self.plan.vectors.has_gradient(step))
+
+
+class OwnTurns(WeightRescaling):
+    worker = OwnTurnsWorker
+
+
+def test_what_a_base_says_of_gradients_is_not_believed_of_a_class_that_acts_otherwise() -> None:
+    rule, module = OwnTurns(10**9), make()
+
+    class Noting(rule.part):  # type: ignore[name-defined, misc]
+        seen: ClassVar[list[Any]] = []
+
+    rule.part = Noting
+    fit(module, [rule], max_steps=2)
+    assert Noting.seen == [(True, True)] * 2

@@ -112,3 +112,39 @@ def test_a_module_that_cannot_describe_itself_ends_nothing():
             raise RuntimeError("not yet")
 
     assert describe(Broken()) == "Broken(?), training"
+
+
+def without_eps(net):
+    del vars(net[1])["eps"]
+
+
+def eps_of_several(net):
+    net[1].eps = torch.full((4,), 1e-5)
+
+
+def equal_module(net):
+    net[1] = nn.GroupNorm(2, 4)
+
+
+@pytest.mark.parametrize("change", [frozen, groups, without_eps, eps_of_several, equal_module])
+@pytest.mark.parametrize("eps", [1e-5, torch.tensor(1e-5)], ids=["number", "tensor"])
+def test_a_change_of_a_normalization_is_noticed_once(change, eps):
+    net = network()
+    net[4].eps = eps
+    normalizations = Normalizations(net)
+    before = normalizations.state()
+    assert normalizations.state() is before
+
+    change(net)
+    changed = normalizations.state()
+    assert changed != before
+    assert normalizations.state() == changed
+
+
+def test_a_list_that_is_changed_in_place_is_noticed():
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    net[1].normalized_shape = [4]
+    normalizations = Normalizations(net)
+    before = normalizations.state()
+    net[1].normalized_shape.insert(0, 4)
+    assert normalizations.state() != before

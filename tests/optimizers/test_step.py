@@ -54,6 +54,37 @@ def test_ids_are_worked_out_anew_where_the_weights_are_others():
     assert ids.of([]) == frozenset()
 
 
+class FreesGradients(torch.optim.SGD):
+    """Leaves no gradient behind, as optimizers do that give memory back early."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
+@pytest.mark.parametrize("reads", [None, lambda step: True], ids=["may read", "reads"])
+def test_who_asks_after_the_update_hears_of_the_gradients_before_it(reads):
+    first, second = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer, seen = FreesGradients([first, second], lr=0.1), []
+    bracket = StepBracket.of(optimizer)
+    bracket.add(Phase.RESCALE, lambda step: seen.append(step.with_gradient), reads_gradients=reads)
+    backward(first)
+    optimizer.step()
+    assert first.grad is None
+    assert seen == [{id(first)}]
+
+
+def test_who_said_that_it_would_not_ask_is_told_no_wrong_answer():
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = FreesGradients([weight], lr=0.1)
+    bracket = StepBracket.of(optimizer)
+    handler = lambda step: step.with_gradient  # noqa: E731
+    bracket.add(Phase.RESCALE, handler, reads_gradients=lambda step: False)
+    backward(weight)
+    with pytest.raises(RuntimeError, match="reads_gradients"):
+        optimizer.step()
+
+
 def a_step(**options):
     return Step(StepBracket.of(weight_and_sgd()[1]), 1, **options)
 
