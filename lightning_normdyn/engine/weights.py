@@ -2,7 +2,6 @@
 have as a whole, and which of them come later."""
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_normdyn.geometry.placement import check_weight, full_shape
 from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.invariance.verdict import is_gain
 from lightning_normdyn.optimizers.group_numbers import HELD
+from lightning_normdyn.optimizers.same_weights import SameWeights
 from lightning_normdyn.optimizers.views import survey
 
 from .flavours import LightningModule, Trainer
@@ -176,36 +176,16 @@ class LayoutReader:
     def __init__(self) -> None:
         self.latest: Layout = ()
         self._groups: list[Any] = []
-        # The weights themselves and not their ids: an id may pass on to another object.
-        self._held: list[list[Tensor]] = []
-        self._differ_from_others = True
+        self._weights = SameWeights([])
 
     def read(self, optimizer: Optimizer) -> Layout:
         """The layout as it is now; the same object as before where nothing has changed."""
         groups = optimizer.param_groups
         held = list(map(HELD, groups))
-        # `==` looks at identity first, and takes a twentieth of the time of asking for it weight by
-        # weight.
-        try:
-            is_same = held == self._held and all(map(is_, groups, self._groups))
-        except Exception:
-            # Two weights were compared, so they are not the same.
-            is_same = False
-        if not is_same or not (self._differ_from_others or self._holds(held)):
-            self._groups, self._held = list(groups), list(map(list, held))
-            self._differ_from_others = all(map(_differs, chain.from_iterable(held)))
+        if not (self._weights.are_in(held) and all(map(is_, groups, self._groups))):
+            self._groups, self._weights = list(groups), SameWeights(held)
             self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)
         return self.latest
-
-    def _holds(self, held: list[list[Tensor]]) -> bool:
-        """Whether as many weights as were read last are the same objects."""
-        return all(map(is_, chain.from_iterable(held), chain.from_iterable(self._held)))
-
-
-def _differs(weight: Tensor) -> bool:
-    """Whether ``weight == other`` is never true for another tensor: a comparison of several numbers
-    cannot be a truth, so it raises."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.numel() > 1
 
 
 def is_measurable(weight: Tensor) -> bool:

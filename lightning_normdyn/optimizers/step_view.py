@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .group_numbers import group_number, is_zero
+from .same_weights import SameWeights
 
 ParamGroup = dict[str, Any]
 """A param group, as in ``optimizer.param_groups``, that a step may write to."""
@@ -119,20 +120,40 @@ class Taken(dict[Tensor, Any]):
 
     def __init__(self, *entries: Any) -> None:
         super().__init__(*entries)
-        self._parts: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+        self._parts: dict[int, _Parts] = {}
 
-    def parts_of(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of the weights of a group that are taken, and the others; new lists."""
+    def parts_of(self, params: list[Tensor]) -> list[list[Tensor]]:
+        """Those of the weights of a group that are taken, and the others, for one step."""
         # Found by its first weight, since a strategy may make the list anew at every step.
         key = id(params[0]) if params else 0
         known = self._parts.get(key)
         # All of the same weights: a group may grow, or exchange one.
-        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
+        if known is None or not known.weights.are_in([params]):
             mine = [p for p in params if p in self]
             others = [p for p in params if p not in self]
-            known = self._parts[key] = list(params), mine, others
-        # A step may write to the lists that it sees.
-        return list(known[1]), list(known[2])
+            known = self._parts[key] = _Parts(SameWeights([params]), (mine, others))
+        return known.shown()
+
+
+class _Parts:
+    """The weights of a group, in two parts.
+
+    Args:
+        weights: of the group.
+        parts: of it.
+    """
+
+    def __init__(self, weights: SameWeights, parts: tuple[list[Tensor], ...]) -> None:
+        self.weights, self._parts = weights, parts
+        self._unchanged = SameWeights(parts)
+        self._shown = list(map(list, parts))
+
+    def shown(self) -> list[list[Tensor]]:
+        """The parts, as lists that a step may write to."""
+        # A step that does gets new ones next time. None does, and copying touches every weight.
+        if not self._unchanged.are_in(self._shown):
+            self._shown = list(map(list, self._parts))
+        return self._shown
 
 
 def split_groups(
