@@ -940,13 +940,17 @@ def _shape_by_likelihood(size: Tensor) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
+    # Sums mostly are, and a call that changes nothing still is one.
+    if x.dtype == torch.float64:
+        return x
     # Apple GPUs have no float64.
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _narrow(result: Tensor, *inputs: Tensor) -> Tensor:
     is_double = any(x.dtype == torch.float64 for x in inputs)
-    return result.to(torch.float64 if is_double else torch.float32)
+    dtype = torch.float64 if is_double else torch.float32
+    return result if result.dtype == dtype else result.to(dtype)
 
 
 def _rows(weight: Tensor) -> Tensor:

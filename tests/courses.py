@@ -14,4 +14,5 @@ def predicted(course: Course, step: int, prediction: Prediction | None) -> Cours
     predictions = Predictions.none(1)
     predictions.put(np.array([0]), prediction)
     table = CourseTable.from_values(("w",), [course])
-    return table.after(step, predictions, np.array([True])).of(0)
+    everywhere = np.array([True])
+    return table.after(step, predictions, everywhere, everywhere).of(0)

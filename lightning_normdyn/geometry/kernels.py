@@ -10,7 +10,7 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from math import prod
 from typing import Any
 
@@ -144,6 +144,8 @@ class Kernels:
         """The same rows in the same order, none with zeros behind it."""
         for lot in self._lots:
             self._lots_without_zeros += lot.without_zeros()
+        stacks = [lot.weights for lot in self._lots if isinstance(lot, Stack)]
+        self._stacked = list(chain.from_iterable(stacks))
         self._order, self._places = self._find_order()
         self._rooms: dict[Any, Room] = {}
         """Kept, since cutting them anew takes longer than small weights themselves."""
@@ -279,14 +281,13 @@ class Kernels:
         """Copy the weights of stacks; returns where the others are still to be copied to."""
         left = list(destination)
         sources, copies = [], []
-        for lot in self._lots:
-            # A stack is a copy itself: from there to the destination would be a second one.
-            for weight in lot.weights if isinstance(lot, Stack) else ():
-                source, copied = original[weight], left[weight]
-                left[weight] = None
-                if source is not None and copied is not None:
-                    sources.append(source)
-                    copies.append(copied)
+        # A stack is a copy itself: from there to the destination would be a second one.
+        for weight in self._stacked:
+            source, copied = original[weight], left[weight]
+            left[weight] = None
+            if source is not None and copied is not None:
+                sources.append(source)
+                copies.append(copied)
         if copies:
             torch._foreach_copy_(copies, sources)
         return left

@@ -38,8 +38,8 @@ class HasGradients(Protocol):
 class HasSnapshots(Protocol):
     """What `WeightVectors` asks of a `lightning_normdyn.optimizers.bracket.StepBracket`."""
 
-    def snapshot(self, weight: Tensor) -> Tensor | None:
-        """The copy that was taken of ``weight`` in this step."""
+    def snapshots_of(self, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The copies that were taken of ``weights`` in this step."""
 
 
 class WeightVectors(Reduction):
@@ -230,7 +230,7 @@ class WeightVectors(Reduction):
 
     def snapshots(self, bracket: HasSnapshots) -> list[Tensor | None]:
         """The copies that ``bracket`` took of them in this step."""
-        return [bracket.snapshot(weight) for weight in self.weights]
+        return list(bracket.snapshots_of(self.weights))
 
     def values_beside(self, before: Operand) -> Operand:
         """The weights, with None where ``before`` has none."""

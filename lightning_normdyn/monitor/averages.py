@@ -41,11 +41,15 @@ class Averages:
                 if name in QUANTITIES and QUANTITIES[name].average == "rms":
                     self.means[row] = np.sqrt(np.maximum(totals[row], 0.0) / counts[row])
         self.are_there: Flags = counts != 0
+        # Nearly always; then nothing has to be chosen.
+        self._all_are_there = bool(self.are_there.all())
 
     @property
     def are_finite(self) -> Flags:
         """``(w,)``, whether all averages of a weight are numbers."""
-        finite = np.isfinite(self.means) | ~self.are_there
+        finite = np.isfinite(self.means)
+        if not self._all_are_there:
+            finite |= ~self.are_there
         return np.asarray(finite.all(0))
 
     def has(self, name: str) -> Flags:
@@ -60,7 +64,8 @@ class Averages:
         if name not in self._rows:
             return np.full(self.means.shape[1], otherwise, dtype=np.float64)
         row = self._rows[name]
-        return np.where(self.are_there[row], self.means[row], otherwise)
+        means: Doubles = self.means[row]
+        return means if self._all_are_there else np.where(self.are_there[row], means, otherwise)
 
     def totals_of(self, name: str) -> Doubles:
         """``(w,)``, the sums of a quantity over the vectors of each weight."""

@@ -23,13 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_normdyn.functional import (
-    coherence,
-    coherence_error,
-    loss_decay,
-)
+from lightning_normdyn.functional import coherence, loss_decay
 
-from .by_weight import Doubles, Ints
+from .by_weight import Doubles, Flags, Ints
 
 Numbers = Any
 """A float, or ``(w,)`` of many weights."""
@@ -210,17 +206,49 @@ def newest_starts(numbers: Doubles, rows: Doubles, entries: Doubles) -> Ints:
         return np.full(rows.shape[2], -1, dtype=np.int64)
     last = rows[-1]
     steps = numbers[-1] - numbers[: 1 - LEAST_ROWS][::-1, None]
-    angles = last[ANGLES] - starts[:, ANGLES]
-    growth = (last[LOG_NORM] - starts[:, LOG_NORM]) / 2
-    growth -= last[LOG_SCALE] - starts[:, LOG_SCALE]
-    pulls = -np.expm1(last[LOG_KEPT] - starts[:, LOG_KEPT])
-    with np.errstate(all="ignore"):
-        kappas = coherence(np.ones_like(growth), np.exp(growth), pulls[None], angles[None])
-        errors = coherence_error(np.sqrt(angles / steps), kappas, steps, entries)
+    turns = last[ANGLES] > starts[:, ANGLES]
     # A comparison with NaN is false: without a known pull no span is enough.
-    is_enough = (steps >= LEAST_STEPS) & (errors <= MOST_ERROR)
-    shortest = len(starts) - 1 - is_enough.argmax(0)
-    return np.where(is_enough.any(0), shortest, -1)
+    growth = np.abs(coherent_growth(last) - coherent_growth(starts.swapaxes(0, 1)))
+    are_enough = turns & is_enough(steps, growth, entries)
+    shortest = len(starts) - 1 - are_enough.argmax(0)
+    return np.where(are_enough.any(0), shortest, -1)
+
+
+def coherent_growth(rows: Doubles) -> Doubles:
+    """ln N, less what callbacks have made of it, and without what decay has taken away: between two
+    rows it changes by κΣθ².
+
+    Args:
+        rows: of windows, ``(9, ...)``.
+
+    Returns:
+        ``(...)``, up to a number that is the same of all rows of a window.
+    """
+    grown: Doubles = rows[LOG_NORM] - 2 * (rows[LOG_SCALE] + rows[LOG_KEPT])
+    return grown
+
+
+def is_enough(steps: Numbers, growth: Doubles, entries: Doubles) -> Flags:
+    """Whether steps tell κ well enough to be shown.
+
+    Args:
+        steps: how many they are.
+        growth: the size of the change of `coherent_growth` in them.
+        entries: numbers in each matrix.
+
+    Example:
+        >>> from lightning_normdyn.functional import coherence_error
+        >>> angle, steps, entries = 1e-2, 400, 10_000
+        >>> growths = np.array([0.0399, 0.0401])
+        >>> coherence_error(angle, growths / (angle**2 * steps), steps, entries).round(4).tolist()
+        [0.1001, 0.0999]
+        >>> is_enough(steps, growths, np.array(entries)).tolist()
+        [False, True]
+    """
+    # The error of κ is 2/sqrt(κΣθ²d), `lightning_normdyn.functional.coherence_error` with the
+    # root of the mean square angle: only the product κΣθ² is left of angles, κ and steps.
+    is_sure = growth * entries >= (2 / MOST_ERROR) ** 2
+    return np.asarray(is_sure & (steps >= LEAST_STEPS))
 
 
 def log_of_kept(pull: Numbers) -> Numbers:
@@ -234,6 +262,8 @@ __all__ = [
     "Passed",
     "Point",
     "Span",
+    "coherent_growth",
+    "is_enough",
     "log_of_kept",
     "newest_starts",
 ]

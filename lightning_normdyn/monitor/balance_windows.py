@@ -26,10 +26,12 @@ from .balance import (
     Passed,
     Point,
     Span,
+    coherent_growth,
+    is_enough,
     log_of_kept,
     newest_starts,
 )
-from .by_weight import Doubles, Flags, Ints
+from .by_weight import Doubles, Flags, Ints, places_among
 
 PULL_DROP = 1.5
 """A pull that was constant and then changed by this factor aims at another norm; a schedule that
@@ -78,18 +80,48 @@ class SharedWindow(NamedTuple):
         places: of the weights, ``(m,)``.
         numbers: of the steps of its rows, from old to new.
         rows: of each, ``(9, m)``: the numbers of a `Point` but for the first.
+        lowest: ``(m,)``, the smallest `coherent_growth` of all its rows, dropped ones included.
+        highest: ``(m,)``, the largest.
     """
 
     places: Ints
     numbers: tuple[int, ...]
     rows: tuple[Doubles, ...]
+    lowest: Doubles
+    highest: Doubles
+
+    @classmethod
+    def of_rows(
+        cls, places: Ints, numbers: tuple[int, ...], rows: tuple[Doubles, ...]
+    ) -> SharedWindow:
+        """With these rows."""
+        growths = np.stack([coherent_growth(row) for row in rows])
+        # NaN, of an unknown pull, stays one in both: no span of such a window is enough.
+        return cls(places, numbers, rows, growths.min(0), growths.max(0))
+
+    def may_be_sure(self, entries: Doubles) -> Flags:
+        """``(m,)``, for which weights a coherence may be known. Mostly it tells early in a run, and
+        of small matrices ever, that there is no need to look at every row.
+
+        Args:
+            entries: ``(m,)``, numbers in each matrix.
+        """
+        now = coherent_growth(self.rows[-1])
+        farthest = np.maximum(now - self.lowest, self.highest - now)
+        return is_enough(self.numbers[-1] - self.numbers[0], farthest, entries)
 
     def of(self, weights: Flags) -> SharedWindow:
         """That of some of its weights, ``(m,)``."""
         if weights.all():
             return self
         rows = tuple(row[:, weights] for row in self.rows)
-        return SharedWindow(self.places[weights], self.numbers, rows)
+        return SharedWindow(
+            self.places[weights],
+            self.numbers,
+            rows,
+            self.lowest[weights],
+            self.highest[weights],
+        )
 
     def ends_at(self, pulls: Doubles) -> Flags:
         """``(m,)``: whose pull was constant and has now jumped, in either direction, or is known
@@ -116,10 +148,13 @@ class SharedWindow(NamedTuple):
         here[PULLS] = last[PULLS] + last[PULL] + passed.pull
         here[LOG_KEPT] = last[LOG_KEPT] + log_of_kept(last[PULL]) + passed.log_kept
         here[RATES] = last[RATES] + last[LR] + passed.lr
+        growth = coherent_growth(here)
         return SharedWindow(
             self.places,
             _thinned((*self.numbers, row.number)),
             _thinned((*self.rows, here)),
+            np.minimum(self.lowest, growth),
+            np.maximum(self.highest, growth),
         )
 
 
@@ -156,7 +191,8 @@ class Windows(NamedTuple):
             of_weights = [[point[1:] for point in windows[place].points] for place in places]
             # From (m, p, 9) to p rows of (9, m).
             rows = np.array(of_weights, dtype=np.float64).transpose(1, 2, 0)
-            shared.append(SharedWindow(np.array(places, dtype=np.int64), numbers, tuple(rows)))
+            found = np.array(places, dtype=np.int64)
+            shared.append(SharedWindow.of_rows(found, numbers, tuple(rows)))
         return cls(tuple(shared))
 
     def of(self, place: int) -> BalanceWindow:
@@ -182,15 +218,16 @@ class Windows(NamedTuple):
         continues = begins & is_known
         shared = []
         for window in self.shared:
-            places = window.places
-            goes_on = continues[places] & ~window.ends_at(row.pull[places])
-            begins[places[goes_on]] = False
+            chosen = places_among(window.places, len(begins))
+            goes_on = continues[chosen] & ~window.ends_at(row.pull[chosen])
+            begins[window.places[goes_on]] = False
             if goes_on.any():
                 rest = window.of(goes_on)
                 shared.append(rest.extended(_at(row, rest.places), _at(passed, rest.places)))
         (places,) = np.nonzero(begins)
         if len(places):
-            shared.append(SharedWindow(places, (row.number,), (_first(_at(row, places)),)))
+            first = _first(_at(row, places))
+            shared.append(SharedWindow.of_rows(places, (row.number,), (first,)))
         return Windows(tuple(shared))
 
 
@@ -206,7 +243,7 @@ def spans_of(window: SharedWindow, weights: Ints, entries: Doubles) -> tuple[Spa
         The spans, and ``(k,)``, which weights have one; the others' mean nothing.
     """
     numbers = np.array(window.numbers, dtype=np.float64)
-    rows = np.stack(window.rows)[:, :, weights]
+    rows = np.stack(window.rows)[:, :, places_among(weights, len(window.places))]
     starts = newest_starts(numbers, rows, entries)
     first = rows[starts, :, np.arange(len(weights), dtype=np.int64)].T
     last = rows[-1]
@@ -226,6 +263,9 @@ def spans_of(window: SharedWindow, weights: Ints, entries: Doubles) -> tuple[Spa
 def _at(columns: Any, places: Ints) -> Any:
     """A NamedTuple of numbers of all weights, of those at ``places`` only."""
     picked = []
+    # Nearly always it is all weights, in their order.
+    if len(places) == max(map(np.size, columns)):
+        return columns
     for column in columns:
         picked.append(column[places] if isinstance(column, np.ndarray) else column)
     return type(columns)(*picked)

@@ -17,8 +17,26 @@ Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
+Places = Ints | slice
+"""Which of many weights, to index arrays over them."""
+
 V = TypeVar("V", covariant=True)
 T = TypeVar("T", bound="Table[Any]")
+
+
+def places_among(weights: Ints, width: int) -> Places:
+    """``weights`` as an index into arrays over ``width`` weights.
+
+    Args:
+        weights: their places, in order, each once.
+        width: how many weights there are.
+
+    Example:
+        >>> places_among(np.array([0, 1]), 2), places_among(np.array([1]), 2)
+        (slice(None, None, None), array([1]))
+    """
+    # Nearly always it is all of them, and a slice costs a tenth of a choice.
+    return slice(None) if len(weights) == width else weights
 
 
 class Table(Protocol[V]):
@@ -122,4 +140,14 @@ def with_table(known: Mapping[str, V], table: Table[V]) -> ByWeight[V]:
     return ByWeight([*tables, table])
 
 
-__all__ = ["ByWeight", "Doubles", "Flags", "Ints", "Table", "table_of", "with_table"]
+__all__ = [
+    "ByWeight",
+    "Doubles",
+    "Flags",
+    "Ints",
+    "Places",
+    "Table",
+    "places_among",
+    "table_of",
+    "with_table",
+]

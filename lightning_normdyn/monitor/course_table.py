@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .by_weight import Doubles, Flags, Ints
+from .by_weight import Doubles, Flags, Ints, Places
 from .predictions import Prediction
 from .verdicts import Course
 
@@ -48,7 +48,7 @@ class Predictions(NamedTuple):
         there, rough = np.zeros((2, width), dtype=np.bool_)
         return cls(there, angles, relaxations, powers, pulls, rough)
 
-    def put(self, places: Ints, prediction: Prediction | None) -> None:
+    def put(self, places: Places, prediction: Prediction | None) -> None:
         """Write one prediction of several weights; only before anybody else has seen these."""
         self.there[places] = prediction is not None
         if prediction is None:
@@ -144,13 +144,17 @@ class CourseTable:
                 pulls.append((int(change.steps[place]), float(change.pulls[place])))
         return pulls
 
-    def seen(self, weights: Flags) -> CourseTable:
-        """With ``weights``, ``(w,)``, among those that have a course."""
-        return self._replaced(known=self.known | weights)
+    def after(
+        self, step: int, predictions: Predictions, taken: Flags, judged: Flags
+    ) -> CourseTable:
+        """With the predictions of an optimizer step.
 
-    def after(self, step: int, predictions: Predictions, taken: Flags) -> CourseTable:
-        """With the predictions of an optimizer step, of the weights that are ``taken``,
-        ``(w,)``."""
+        Args:
+            step: its number.
+            predictions: of all weights.
+            taken: ``(w,)``, of which of them they count.
+            judged: ``(w,)``, which have a course from now on.
+        """
         moves = taken & predictions.there & (predictions.relaxation > 0)
         with np.errstate(all="ignore"):
             # Steps since the last look went by at this rate.
@@ -158,7 +162,9 @@ class CourseTable:
             differs = np.abs(predictions.pull / self.newest_pulls - 1) > NOTED_CHANGE
         notes = moves & (differs | (self.counts == 0))
         table = self._replaced(
-            latest=predictions.where(taken, self.latest),
+            known=self.known | judged,
+            # Mostly all of them.
+            latest=predictions if taken.all() else predictions.where(taken, self.latest),
             steps=np.where(taken, step, self.steps),
             elapsed=np.where(moves, self.elapsed + passed, self.elapsed),
         )

@@ -9,7 +9,7 @@ mathematics, and takes all weights of a param group at once. Numbers of the host
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf, nan, pi
 from typing import Any, NamedTuple
@@ -19,16 +19,13 @@ import numpy as np
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.optimizers.decay import AnOptimizer
 from lightning_normdyn.optimizers.rate_drop import Rate
-from lightning_normdyn.optimizers.recognition import class_for_predictions
-from lightning_normdyn.optimizers.step_response import Options, own_response
-from lightning_normdyn.optimizers.step_rules import Subject
-from lightning_normdyn.theory.course import NormCourse, norm_course
+from lightning_normdyn.theory.course import NormCourse, Treatment
 
-from .by_weight import Doubles, Flags, Ints
+from .by_weight import Doubles, Flags, Ints, places_among
 from .expectations import ExpectationTable, Lot
 from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, Sizes, averages
+from .group_theory import GroupTheory, Settings
 from .passed_steps import Stretch
-from .pulls import options_of
 
 FILLS_BUFFERS = 100
 """Steps after which it hardly matters what the buffers held at the start of a course: its
@@ -101,6 +98,7 @@ class Interval:
         number: of the measured step.
         stretches: the steps since the newest row; empty where they are not known.
         reads_rates: whether the learning rate of a param group is the rate that a step applies.
+        answers: of the theory at earlier rows of this optimizer.
     """
 
     optimizer: AnOptimizer
@@ -108,11 +106,32 @@ class Interval:
     number: int
     stretches: Sequence[Stretch]
     reads_rates: bool = True
+    answers: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
-    def optimizer_class(self) -> type:
-        """The class whose courses the weights take."""
-        return class_for_predictions(self.optimizer)
+    def theory(self) -> GroupTheory:
+        """What is known of the param groups."""
+        return GroupTheory(self.optimizer, self.answers)
+
+    @cached_property
+    def _merged(self) -> dict[tuple[int, int], Mapping[str, Any]]:
+        return {}
+
+    def group_in(self, stretch: Stretch, group: int) -> Mapping[str, Any]:
+        """A param group as it was in a stretch of steps; the same object whenever it is asked
+        for.
+
+        Args:
+            stretch: of these steps.
+            group: the place of the group, which was there already.
+        """
+        settings = stretch.settings[group]
+        # By identity: they are held here as long as this is, and mostly the same from one stretch
+        # to the next.
+        key = id(settings), group
+        if key not in self._merged:
+            self._merged[key] = {**self.groups[group], **settings}
+        return self._merged[key]
 
 
 def follow(
@@ -130,8 +149,7 @@ def follow(
     """
     width = len(known.names)
     shown = np.zeros(width, dtype=np.bool_)
-    angles = np.full(width, nan, dtype=np.float64)
-    norms = np.full(width, nan, dtype=np.float64)
+    angles, norms = np.full((2, width), nan, dtype=np.float64)
     # Of weights that are not followed, what was there stays.
     starts, silent_until = known.starts.copy(), known.silent_until.copy()
     scales, energies = known.scales.copy(), known.energies.copy()
@@ -141,7 +159,7 @@ def follow(
         walk = _Walk(interval, steps, known, kind, before)
         if not walk.is_understood:
             continue
-        weights = kind.weights
+        weights = places_among(kind.weights, width)
         lots.append(walk.lot())
         angles[weights] = walk.angles
         norms[weights] = walk.norms
@@ -152,9 +170,13 @@ def follow(
         is_silent = walk.is_silent
         shown[weights] = np.isfinite(walk.angles) & (walk.angles > 0) & ~is_silent
     order = np.concatenate([np.zeros(0, dtype=np.int64), *(lot.weights for lot in lots)])
-    followed = np.zeros(width, dtype=np.bool_)
-    followed[order] = True
-    others = [left for lot in known.lots if len((left := lot.without(followed)).weights)]
+    others: list[Lot] = []
+    # Nearly always all weights are followed, and each lot has given way to its next one.
+    if len(order) < width:
+        followed = np.zeros(width, dtype=np.bool_)
+        followed[order] = True
+        left = [lot.without(followed) for lot in known.lots]
+        others = [lot for lot in left if len(lot.weights)]
     table = ExpectationTable(known.names, (*others, *lots), starts, silent_until, scales, energies)
     return table, Expected(shown, angles, norms, order)
 
@@ -180,7 +202,9 @@ def _together(
             # here.
             if i >= 0 and known.lots[i].effects == kind.effects.text:
                 lot = known.lots[i]
-                before = lot.at(np.searchsorted(lot.weights, part))
+                # Nearly always a lot goes on as a whole.
+                is_whole = len(part) == len(lot.weights)
+                before = lot if is_whole else lot.at(np.searchsorted(lot.weights, part))
             together.append((kind._replace(weights=part), before))
     together.sort(key=lambda entry: int(entry[0].weights[0]))
     return together
@@ -249,42 +273,49 @@ class _Walk:
         kind: Kind,
         before: Lot | None,
     ) -> None:
-        weights = kind.weights
         self._interval = interval
         self._kind = kind
         self._before = before
-        self._class = interval.optimizer_class
-        self._lr = float(steps.rates[weights[0]])
+        self._lr = float(steps.rates[kind.weights[0]])
         self._group = {**interval.groups[kind.group], "lr": self._lr}
+        weights = places_among(kind.weights, len(known.names))
         self._dims = steps.dims[weights]
-        self._response = own_response(self._class, self._group, Subject(kind.shape))
         self._are_warm = steps.are_warm[weights]
         earlier, self.energies = known.scales.at(weights), known.energies.at(weights)
-        self._rate = Rate(self._lr)
-        self.starts = steps.norms[weights]
-        # A course that starts in the middle of a run does not know the optimizer's buffers.
-        self.silent_until = np.where(self._are_warm, interval.number + FILLS_BUFFERS, 0)
+        norms = steps.norms[weights]
         if before is None:
             earlier, self.energies = earlier.none(), self.energies.none()
+            self._rate = Rate(self._lr)
+            self.starts = norms
+            # A course that starts in the middle of a run does not know the optimizer's buffers.
+            self.silent_until = np.where(self._are_warm, interval.number + FILLS_BUFFERS, 0)
         else:
             self._rate = before.rate
             self.starts, self.silent_until = known.starts[weights], known.silent_until[weights]
         self.scales = earlier.with_one_more(steps.gradient_scales[weights])
+        of_group = interval.groups[kind.group]
+        self.is_understood = interval.theory.has_course(of_group, kind.shape)
+        if not self.is_understood:
+            return
+        self._sizes = interval.theory.sizes(of_group, kind.shape)
         self._scales_at_ends = self._averaged(earlier)
         self._energy = self._measured_energy()
-        norms = steps.norms[weights]
-        course = norm_course(self._class, self._group, norms, self._dims, shape=kind.shape)
-        found = None
-        if course is not None:
-            if before is not None:
-                course.load_state_dict(before.course)
-            found = self._walk(course)
+        course = self._course_from(norms)
+        found = self._walk(course)
         self.is_understood = found is not None
-        if course is None or found is None:
+        if found is None:
             return
         self.norms = found
         self.angles = course.angular_update
         self._course = course.arrays()
+
+    def _course_from(self, norms: Doubles) -> NormCourse:
+        """The course that they go on with, or a new one from their present norms."""
+        optimizer_class = self._interval.theory.optimizer_class
+        shape = self._kind.shape
+        if self._before is None:
+            return NormCourse(optimizer_class, self._group, norms, self._dims, shape=shape)
+        return NormCourse.going_on(optimizer_class, self._before.course, self._dims, shape=shape)
 
     def lot(self) -> Lot:
         """What the next row goes on from."""
@@ -305,18 +336,29 @@ class _Walk:
         """Take all steps; the norms that the measured one finds, None where nobody has derived
         them."""
         norms = course.weight_norm
+        theory, effects = self._interval.theory, self._kind.effects
+        settings: Settings | None = None
+        treatment: Treatment | None = None
+        alpha = 0.0
         for stretch in self._stretches():
             # The group was not there yet.
             if self._kind.group >= len(stretch.settings):
                 return None
-            group = {**self._group, **stretch.settings[self._kind.group]}
-            treatment = options_of(self._kind.effects, self._interval.optimizer, group)
-            if treatment is None:
-                return None
+            group = self._interval.group_in(stretch, self._kind.group)
+            own = theory.settings_of(group)
+            # A schedule of the learning rate alone leaves all else of a step as it was. What
+            # WeightDecay does follows the largest rate so far, and is asked for anew.
+            if treatment is None or own is None or own != settings or effects.decaying is not None:
+                found = theory.options(group, effects)
+                if found is None:
+                    return None
+                options, alpha = found
+                treatment = course.under(group, **options)
+            settings = own
             for at in range(stretch.first, stretch.last + 1):
                 if at == self._interval.number:
                     norms = course.weight_norm
-                self._step(course, at, group, *treatment)
+                self._step(course, at, treatment, group.get("lr"), alpha)
         return norms
 
     def _stretches(self) -> Sequence[Stretch]:
@@ -330,23 +372,32 @@ class _Walk:
         self,
         course: NormCourse,
         number: int,
-        group: Mapping[str, Any],
-        options: Options,
+        treatment: Treatment,
+        written: object,
         alpha: float,
     ) -> None:
         effects = self._kind.effects
         share = self._share(number)
-        lr = self._lr_at(group, share)
+        lr = self._lr_at(written, share)
         jumps = effects.jumps
         drop, self._rate = self._rate.then(lr, inf if jumps is None else jumps.min_drop)
         # LRDropRescaling acts before the first step at the lower rate.
         if jumps is not None and jumps.exponent is not None and drop != 1:
             course.rescale(drop**-jumps.exponent)
+        shrink = None
         if alpha and effects.shrink is not None:
             by_std = effects.shrink.statistic == "std"
             size = course.weight_norm / np.sqrt(self._dims) if by_std else course.weight_norm
-            options = {**options, "shrink": alpha * size}  # type: ignore[typeddict-item]
-        course.advance({**group, "lr": lr}, self._scale(share), energy=self._energy, **options)
+            shrink = alpha * size
+        course.step(
+            treatment,
+            lr,
+            self._scale(share),
+            energy=self._energy,
+            shrink=shrink,
+            # A row shows the angle of its own step alone.
+            wants_angle=number == self._interval.number,
+        )
         # WeightRescaling acts after every so many steps.
         rescaling = effects.rescaled_now
         if rescaling is not None and number % rescaling.every_n_steps == 0:
@@ -361,8 +412,7 @@ class _Walk:
         start = self._before.number
         return (number - start) / (self._interval.number - start)
 
-    def _lr_at(self, group: Mapping[str, Any], share: float) -> float:
-        written = group.get("lr")
+    def _lr_at(self, written: object, share: float) -> float:
         if self._interval.reads_rates and isinstance(written, float):
             return written
         # Only rows tell it: between two of them it is taken to change evenly.
@@ -372,19 +422,20 @@ class _Walk:
     def _averaged(self, earlier: Sizes) -> tuple[Doubles, Doubles] | None:
         """Size of the gradients, averaged over the newest rows, at the newest row and now; None
         where one of the weights never had a gradient."""
-        most = FEWEST_ROWS
-        if self._response is not None and self._response.normalized:
-            most = MOST_ROWS
+        is_normalized = self._sizes is not None and self._sizes.normalized
+        most = MOST_ROWS if is_normalized else FEWEST_ROWS
         now = self.scales
-        if not (now.counts > 0).all():
+        if not now.counts.all():
             return None
         means = averages(now, most)
-        then = means.copy()
-        (weights,) = np.nonzero(earlier.counts > 0)
         # Between neighbouring rows lies no step that the earlier size is asked for.
-        has_steps_between = self._before is None or self._before.number + 1 < self._interval.number
-        if len(weights) and has_steps_between:
-            then[weights] = averages(earlier.at(weights), most)
+        if self._before is not None and self._before.number + 1 == self._interval.number:
+            return means, means
+        (weights,) = np.nonzero(earlier.counts)
+        if not len(weights):
+            return means, means
+        then = means.copy()
+        then[weights] = averages(earlier.at(places_among(weights, len(then))), most)
         return then, means
 
     def _scale(self, share: float) -> Doubles | None:
@@ -392,12 +443,13 @@ class _Walk:
         if self._scales_at_ends is None:
             return None
         then, now = self._scales_at_ends
+        if then is now:
+            return now
         return then + share * (now - then)
 
     def _measured_energy(self) -> Doubles | None:
         """Size of the steps, where noise alone does not tell it well; None for the first rows."""
-        response = self._response
-        if response is None or not response.energy_is_rough:
+        if self._sizes is None or not self._sizes.energy_is_rough:
             return None
         # Of earlier rows alone: with the present one, the expectation would follow what it is
         # compared with.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .by_weight import Doubles, Ints
+from .by_weight import Doubles, Ints, Places
 
 FEWEST_ROWS = 5
 """Rows over which a measured size of the gradients or of the steps is averaged: of single ones the
@@ -53,7 +53,7 @@ class Sizes(NamedTuple):
         start = len(self.table) - int(self.counts[place])
         return tuple(self.table[start:, place].tolist())
 
-    def at(self, weights: Ints) -> Sizes:
+    def at(self, weights: Places) -> Sizes:
         """Those of some weights."""
         return Sizes(self.table[:, weights], self.counts[weights])
 
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
         """Of as many weights, none yet."""
         return Sizes(np.full_like(self.table, nan), np.zeros_like(self.counts))
 
-    def put(self, weights: Ints, sizes: Sizes) -> None:
+    def put(self, weights: Places, sizes: Sizes) -> None:
         """Write those of some weights; only before anybody else has seen these."""
         self.table[:, weights] = sizes.table
         self.counts[weights] = sizes.counts

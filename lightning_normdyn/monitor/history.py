@@ -25,7 +25,7 @@ from lightning_normdyn.errors import NormDynError, shown
 from lightning_normdyn.storage import is_remote, local, replacing
 
 from .history_file import pack, read_npz, unpack
-from .records import Bundle, Contents, Event, Flags, Floats, Ints, Record, Row, bundled
+from .records import OTHER, Bundle, Contents, Event, Flags, Floats, Ints, Record, Row, bundled
 
 
 class History:
@@ -104,11 +104,15 @@ class History:
                 f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
             )
         cells, present = self._contents.cells(values)
+        kind = OTHER
         # Consecutive rows mostly have the same columns: these share one array of flags.
         if newest and np.array_equal(newest.content.present, present):
             present = newest.content.present
-        row = Row(int(optimizer_step), cells, present)
-        rows.append(int(step), _kind_of_row(present), row)
+            kind = newest.kind
+        # Of a row that was of one kind too many, its own may have room by now.
+        if kind == OTHER:
+            kind = _kind_of_row(present)
+        rows.append(int(step), kind, Row(int(optimizer_step), cells, present))
 
     def amend(self, values: Mapping[str, float]) -> None:
         """Add keys to the newest row, if it does not have them yet.

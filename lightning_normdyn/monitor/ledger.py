@@ -144,6 +144,11 @@ class Ledger:
     ending: Row | None = None
     before: Ledger | None = None
 
+    def replaced(self, **fields: Any) -> Ledger:
+        """As `dataclasses.replace`, which asks every field for its kind first: a row replaces
+        several."""
+        return Ledger(**{**vars(self), **fields})
+
     def without(self, name: str) -> Ledger:
         """Another weight has taken the place of the one that was called ``name``: its rows stay,
         what they led to expect does not."""
@@ -187,7 +192,7 @@ class Ledger:
         # A fork to write in: who holds the one that is here may be writing a checkpoint of it.
         history = self.history.fork()
         _write(history, row)
-        return replace(self, history=history, last_step=row.step)
+        return self.replaced(history=history, last_step=row.step)
 
     def ending_with(self, row: Row, before: Ledger) -> Ledger:
         """With the newest row as one that only the end of the fit asks for, and ``before`` as what

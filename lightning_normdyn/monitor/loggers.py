@@ -32,7 +32,8 @@ from .history import History
 from .history_files import HistoryFiles
 from .interactive import can_interact
 from .outcome import Outcome, can_draw, facts_of, markdown
-from .quantities import QUANTITIES
+from .quantities import OVERVIEW, QUANTITIES
+from .row_values import RowValues
 
 
 class Publisher:
@@ -385,7 +386,7 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
     """
     # Not every row has every number: what was told before it still stands.
     for key, value in told_to_trainer(row).items():
-        quantity = QUANTITIES[key.removeprefix("normdyn/")]
+        quantity = QUANTITIES[key.removeprefix(f"{OVERVIEW}/")]
         if quantity.callback_metric:
             # On the host: EarlyStopping and ModelCheckpoint would wait for any other device.
             metric = torch.tensor(value, dtype=torch.float32, device="cpu")
@@ -397,12 +398,15 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
 
 def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
     """What of a row `publish_to_trainer` publishes."""
+    # Of a row of the monitor its overview alone: every key of the others would be looked for among
+    # those of all weights.
+    values = row.overview if isinstance(row, RowValues) else row
     told = {}
     for quantity in QUANTITIES.values():
-        key = f"normdyn/{quantity.name}"
-        is_told = quantity.callback_metric or quantity.progress_bar is not None
-        if is_told and key in row:
-            told[key] = row[key]
+        if quantity.callback_metric or quantity.progress_bar is not None:
+            key = f"{OVERVIEW}/{quantity.name}"
+            if key in values:
+                told[key] = values[key]
     return told
 
 

@@ -32,7 +32,7 @@ from lightning_normdyn.functional import balanced_angular_update
 
 from .balance import LOG_NORM, NO_ROWS, PULL, SQUARED_ANGLE, BalanceWindow, Passed, Point
 from .balance_windows import MatrixRow, Windows, spans_of
-from .by_weight import Doubles, Flags
+from .by_weight import Doubles, Flags, places_among
 from .pulls import End, Strength
 
 ROUNDING = 16 * torch.finfo(torch.float64).eps
@@ -267,26 +267,28 @@ def quantities_of(
     asks_for_span = np.asarray(wanted[_RESTS_ON_SPANS].any(0))
     angle, drift, kappa, balanced, ratio, loss, pulls = shown
     for window in balances.windows.shared:
-        places, rows = window.places, window.rows
+        rows = window.rows
+        places = places_among(window.places, len(balances.names))
         angle[places] = np.sqrt(rows[-1][SQUARED_ANGLE])
         pulls[places] = rows[-1][PULL]
         if len(rows) > 1:
             growth = (rows[-1][LOG_NORM] - rows[-2][LOG_NORM]) / 2
             drift[places] = growth / (window.numbers[-1] - window.numbers[-2])
         # To look for a span of steps takes ten times as long as all else here.
-        (weights,) = np.nonzero(asks_for_span[places])
+        may_have_one = asks_for_span[places] & window.may_be_sure(entries[places])
+        (weights,) = np.nonzero(may_have_one)
         if not len(weights):
             continue
-        places = places[weights]
-        span, is_enough = spans_of(window, weights, entries[places])
+        chosen = window.places[weights]
+        span, is_enough = spans_of(window, weights, entries[chosen])
         pull = rows[-1][PULL][weights]
         with np.errstate(all="ignore"):
             at_balance = balanced_angular_update(pull, span.coherence)
-            of_loss = span.loss_decay(noise_coherences[places])
-        kappa[places] = np.where(is_enough, span.coherence, nan)
-        balanced[places] = np.where(is_enough & (pull > 0), at_balance, nan)
-        ratio[places] = np.where(is_enough, span.ratio, nan)
-        loss[places] = np.where(is_enough, of_loss, nan)
+            of_loss = span.loss_decay(noise_coherences[chosen])
+        kappa[chosen] = np.where(is_enough, span.coherence, nan)
+        balanced[chosen] = np.where(is_enough & (pull > 0), at_balance, nan)
+        ratio[chosen] = np.where(is_enough, span.ratio, nan)
+        loss[chosen] = np.where(is_enough, of_loss, nan)
     return shown
 
 

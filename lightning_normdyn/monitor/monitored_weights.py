@@ -6,6 +6,7 @@ Legend: ``w`` weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class MonitoredWeights:
         names: of the weights.
         everywhere: ``(w,)``, the places of all of them.
         invariant: ``(w,)``, which are scale-invariant.
+        followable: ``(w,)``, whose norms may be followed step by step.
         in_16_bits: ``(w,)``: rounding alone turns such a weight by 2.5e-3 in every step, whatever
             pulls at it.
         entries: ``(w,)``, numbers in each weight.
@@ -43,9 +45,11 @@ class MonitoredWeights:
         lengths: ``(w,)``, entries of one of them.
         of_matrices: ``(9, w)``, which quantities of a balance are shown, and none of `UNEXPECTED`
             in the last two rows.
+        predicted: the quantities that are compared with a prediction.
         measured: keys of what is averaged, and of what is compared with a prediction.
         expected: keys of what is compared with an expectation.
         balanced: keys of the ``(9, w)`` quantities of balances.
+        answers: of `lightning_normdyn.monitor.group_theory.GroupTheory`, from row to row.
     """
 
     def __init__(
@@ -62,19 +66,22 @@ class MonitoredWeights:
         self.entries = _doubles([target.entries for target in targets])
         self.counts = _doubles([max(1, target.partition.n) for target in targets])
         self.lengths = np.maximum(self.entries // self.counts, 1.0)
+        # A single number has no direction.
+        self.followable = self.invariant & (self.lengths >= 2) & ~self.in_16_bits
         self._shapes = [target.matrix for target in targets]
 
         shown = [[name in wanted for wanted in of_matrices] for name in SHOWN]
         unexpected = [[False] * len(targets) for _ in UNEXPECTED]
         self.of_matrices = np.array([*shown, *unexpected], dtype=np.bool_)
 
-        predictions = [q.name for q in QUANTITIES.values() if q.prediction is not None]
+        self.predicted = [q.name for q in QUANTITIES.values() if q.prediction is not None]
         expectations = [q.name for q in QUANTITIES.values() if q.expectation is not None]
-        self.measured = WeightKeys([*quantities, *predictions], self.names)
+        self.measured = WeightKeys([*quantities, *self.predicted], self.names)
         self.expected = WeightKeys(expectations, self.names)
         # Those of `UNEXPECTED` once more: where nobody asked for them, they come last.
         self.balanced = WeightKeys([*SHOWN, *UNEXPECTED], self.names)
         self._kinds: tuple[Sequence[int], Sequence[Kind]] = ((), ())
+        self.answers: dict[Any, Any] = {}
 
     def take_effects(self, effects: Sequence[Effects]) -> None:
         """What callbacks do to each weight from now on."""

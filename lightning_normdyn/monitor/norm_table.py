@@ -97,14 +97,24 @@ class NormTable:
             there: ``(w,)``, which weights have one.
         """
         newest_step = np.full_like(norms, step)
+        steps = np.concatenate([self.steps[1:], newest_step[None]])
+        newest = np.concatenate([self.norms[1:], norms[None]])
+        # Mostly all weights have a norm, and none its first one.
+        if there.all() and self._is_full:
+            return NormTable(self.names, self.first, steps, newest, self.counts, self.known)
         return NormTable(
             self.names,
             np.where(there & ~self.known, norms, self.first),
-            _with_one_more(self.steps, newest_step, there),
-            _with_one_more(self.norms, norms, there),
+            np.where(there, steps, self.steps),
+            np.where(there, newest, self.norms),
             np.minimum(self.counts + there, NEWEST),
             self.known | there,
         )
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether of every weight as many norms are known as are kept."""
+        return bool((self.counts == NEWEST).all())
 
     def grown_beyond(self, factor: float) -> Ints:
         """The places of weights whose norm is still finite and has grown by more than ``factor``
@@ -152,6 +162,9 @@ class RateTable:
 
     def then(self, rates: Doubles, there: Flags) -> RateTable:
         """With one more rate, ``(w,)``, of the weights that are ``there``, ``(w,)``."""
+        if there.all() and (self.counts == 2).all():
+            moved = np.concatenate([self.rates[1:], rates[None]])
+            return RateTable(self.names, moved, self.counts)
         before = np.where(self.counts > 0, self.rates[1], rates)
         moved = np.stack([before, rates])
         return RateTable(
@@ -176,12 +189,6 @@ class RateTable:
             falls = (rates > 0) & (rates <= newer / LR_DROP)
         dropped: Flags = self.known & ~has_moved & falls
         return dropped
-
-
-def _with_one_more(table: Doubles, newest: Doubles, there: Flags) -> Doubles:
-    """``(k, w)`` numbers from old to new, with one more of the weights that are ``there``."""
-    moved = np.concatenate([table[1:], newest[None]])
-    return np.where(there, moved, table)
 
 
 __all__ = ["NormTable", "Norms", "RateTable"]

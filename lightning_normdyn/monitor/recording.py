@@ -143,7 +143,7 @@ class Recording(Part[Any]):
         # The same step again (a fused optimizer's update that was skipped, tried once more within a
         # batch) takes the place of the first.
         others = [r for r in self.ledger.results if r.plan.index != result.plan.index]
-        self.ledger = replace(self.ledger, results=(*others, result))
+        self.ledger = self.ledger.replaced(results=(*others, result))
 
     # -- from the device to the loggers
 
@@ -174,8 +174,8 @@ class Recording(Part[Any]):
         if sent is None:
             return
         draft = self._drafted(self.ledger, sent)
-        is_first = not len(self.rule.history)
-        self._show(replace(draft.ledger, sent=None))
+        is_first = not len(self.ledger.history)
+        self._show(draft.ledger.replaced(sent=None))
         for warn in draft.concerns:
             warn()
         row = draft.row
@@ -234,7 +234,7 @@ class Recording(Part[Any]):
 
     def _show(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.rule.history.show(ledger.history)
+        self.rule.own_history.show(ledger.history)
 
     def _completed(self) -> Ledger:
         """The ledger as it will be when all that was measured is there; every rank must call it."""
@@ -293,7 +293,7 @@ class Recording(Part[Any]):
         if not results:
             return
         sent = self._send(results)
-        self.ledger = replace(self.ledger, results=(), sent=sent)
+        self.ledger = self.ledger.replaced(results=(), sent=sent)
         for result in results:
             # An accelerator's allocator keeps what is freed, and there others can use it until the
             # next logging step.

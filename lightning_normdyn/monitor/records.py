@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,10 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-_OTHER = "other"
+T = TypeVar("T")
+
+OTHER = "other"
+"""The kind under which all are thinned that are of one too many kinds."""
 
 
 class Columns(Mapping[str, int]):
@@ -38,6 +40,7 @@ class Columns(Mapping[str, int]):
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._places = {key: place for place, key in enumerate(keys)}
         self._found: dict[WeightKeys, Ints] = {}
+        self._recorded: dict[WeightKeys, tuple[Flags, Ints]] = {}
 
     def with_keys(self, keys: Iterable[str]) -> Columns:
         """With a column for each of ``keys``: the same object where all of them have one."""
@@ -54,6 +57,17 @@ class Columns(Mapping[str, int]):
             found = np.array(table, dtype=np.int64)
             self._found[keys] = found
         return found
+
+    def recorded(self, block: Block) -> Ints:
+        """The places of the numbers that there are in a block; -1 of those that have no column."""
+        there, places = self._recorded.get(block.keys, (None, None))
+        if there is block.there and places is not None:
+            return places
+        # Row after row, the same numbers are there.
+        if there is None or places is None or not np.array_equal(there, block.there):
+            places = self.of(block.keys)[block.there]
+        self._recorded[block.keys] = (block.there, places)
+        return places
 
     def __getitem__(self, key: str) -> int:
         return self._places[key]
@@ -180,7 +194,7 @@ class ThinnedList:
     ) -> None:
         """Add a record behind all others."""
         if kind not in self.counts and len(self.counts) >= self.max_kinds:
-            kind = _OTHER
+            kind = OTHER
 
         # Until now the newest record stood here as such; from now on it must fit its kind's stride.
         if self.records and not self._on_stride(self.records[-1]):
@@ -217,7 +231,7 @@ class ThinnedList:
 
     def fork(self) -> ThinnedList:
         """A list of its own with the same records."""
-        other = copy(self)
+        other = _same_fields(self)
         # Records themselves never change, so the lists may share them.
         other.records = list(self.records)
         other.counts = dict(self.counts)
@@ -278,7 +292,7 @@ class Contents:
     def fork(self) -> Contents:
         """Contents of their own that start as these. Arrays are shared, since none is ever changed,
         and so is ``meta``."""
-        other = copy(self)
+        other = _same_fields(self)
         other.vector_sizes = dict(self.vector_sizes)
         other.rows = self.rows.fork()
         other.events = self.events.fork()
@@ -300,8 +314,8 @@ class Contents:
         numbers = list(map(_as_float, others.values()))
         columns = self.columns
         for block in blocks:
-            missing = block.there & (columns.of(block.keys) < 0)
-            if missing.any():
+            if (columns.recorded(block) < 0).any():
+                missing = block.there & (columns.of(block.keys) < 0)
                 table = block.keys.table
                 columns = columns.with_keys([table[i][j] for i, j in block.places(missing)])
         columns = self.columns = columns.with_keys(others)
@@ -311,7 +325,7 @@ class Contents:
         # What exceeds float32 becomes inf, without a warning: a run that diverged shows it so.
         with np.errstate(over="ignore"):
             for block in blocks:
-                recorded = columns.of(block.keys)[block.there]
+                recorded = columns.recorded(block)
                 cells[recorded] = block.values[block.there]
                 present[recorded] = True
             recorded = np.array([columns[key] for key in others], dtype=np.int64)
@@ -332,6 +346,13 @@ class Contents:
         # reshape: without any record numpy does not know the second dimension.
         shape = (len(places), self.vector_sizes[name])
         return places, np.array(arrays, dtype=np.float32).reshape(shape)
+
+
+def _same_fields(original: T) -> T:
+    """As `copy.copy`, which takes ten times as long to find out how objects are copied."""
+    other = object.__new__(type(original))
+    vars(other).update(vars(original))
+    return other
 
 
 def _as_float(value: float) -> float:

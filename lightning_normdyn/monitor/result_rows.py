@@ -8,7 +8,9 @@ Legend: ``w`` weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from math import nan
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from lightning_normdyn.optimizers.recognition import has_plain_rate
 
 from .averages import Averages
 from .balance import Passed
-from .by_weight import Doubles, Flags, Ints, table_of
+from .by_weight import Doubles, Flags, Ints, places_among, table_of
 from .course_table import CourseTable, Predictions
 from .expectations import ExpectationTable
 from .expected_norms import Interval, Kind, WeightSteps, follow
@@ -26,8 +28,8 @@ from .measure import Measured, Reading
 from .measured_balance import SHOWN, BalanceRow, BalanceTable, quantities_of
 from .monitored_weights import UNEXPECTED
 from .norm_table import NormTable, RateTable
-from .predictions import Prediction, Predictor, noise_coherence
-from .pulls import End, Strength, Taken, passed_between, strength_of
+from .predictions import Prediction, Predictor
+from .pulls import End, Strength, Taken, passed_between
 from .quantities import QUANTITIES
 from .row_values import Block
 
@@ -35,8 +37,15 @@ _RESTS_ON = ("weight_norm", "gradient_scale", "equivalent_weight_decay")
 """What a prediction is computed from."""
 
 
+class _Alike(NamedTuple):
+    """What weights settle at that do so whatever their size and gradients."""
+
+    prediction: Prediction | None
+
+
 class ResultRow:
-    """The part of a row that is about the weights of one optimizer.
+    """The part of a row that is about the weights of one optimizer. To be made where numpy is
+    silent: numbers that are not finite are answers here.
 
     Args:
         result: what was measured of them.
@@ -80,6 +89,7 @@ class ResultRow:
             result.optimizer_step,
             [] if newest is None else result.passed.since(newest),
             has_plain_rate(result.plan.optimizer),
+            self._weights.answers,
         )
         self._note_norms(ledger)
         self._predict(ledger)
@@ -111,28 +121,31 @@ class ResultRow:
         # At a rate of 0 nothing moves: the last prediction stands.
         moving = judged & (self._rates != 0)
         # A run that diverged has no prediction any more; its curves shall show where.
-        rests_on = np.stack([averages.of(name, otherwise=0.0) for name in _RESTS_ON])
-        diverged = moving & ~np.isfinite(rests_on).all(0)
-        taken = moving & ~diverged
+        are_finite = np.isfinite(averages.of(_RESTS_ON[0], otherwise=0.0))
+        for name in _RESTS_ON[1:]:
+            are_finite &= np.isfinite(averages.of(name, otherwise=0.0))
+        taken = moving & are_finite
 
         predictor = Predictor(
             self._result.plan.optimizer, self._result.groups, self._result.optimizer_step
         )
         predictions = self._predictions(predictor, taken)
-        had_one = diverged & courses.latest.there
-        would_have = had_one | self._would_have_one(predictor, diverged & ~had_one)
-        courses = courses.seen(judged)
-        self.courses = courses.after(self._result.optimizer_step, predictions, taken)
+        self.courses = courses.after(self._result.optimizer_step, predictions, taken, judged)
 
-        measured = np.where(diverged, nan, self._angles)
-        predicted = np.where(diverged, nan, predictions.angular_update)
+        measured, predicted = self._angles, predictions.angular_update
         compared = taken & predictions.there & averages.has("angular_update")
-        compared |= would_have
+        if not are_finite.all():
+            diverged = moving & ~are_finite
+            had_one = diverged & courses.latest.there
+            compared |= had_one | self._would_have_one(predictor, diverged & ~had_one)
+            measured = np.where(diverged, nan, measured)
+            predicted = np.where(diverged, nan, predicted)
         rows = [averages.means[: len(self._result.gauge.names)]]
-        with np.errstate(all="ignore"):
-            for quantity in QUANTITIES.values():
-                if quantity.prediction is not None:
-                    rows.append(quantity.prediction(measured, predicted)[None])
+        for name in self._weights.predicted:
+            compare = QUANTITIES[name].prediction
+            # `MonitoredWeights.predicted` names no others.
+            assert compare is not None
+            rows.append(compare(measured, predicted)[None])
         # As written in the table of quantities: what is measured stands before what it is compared
         # with.
         there = [averages.are_there[: len(self._result.gauge.names)]]
@@ -155,21 +168,47 @@ class ResultRow:
     def _predictions(self, predictor: Predictor, taken: Flags) -> Predictions:
         """Of the weights that are ``taken``, ``(w,)``."""
         predictions = Predictions.none(len(taken))
-        rates = self._rates
-        means = self._means()
+        width = len(taken)
         for kind in self._kinds:
-            chosen = kind.weights[taken[kind.weights]]
+            chosen = kind.weights[taken[places_among(kind.weights, width)]]
+            rates = self._rates[places_among(chosen, width)]
+            different = _different(rates)
             # Where nobody can tell the rate, there is no prediction.
-            for rate in _different(rates[chosen]):
-                weights = chosen[rates[chosen] == rate]
-                alike = predictor.are_alike(kind.group, rate, kind.effects, kind.shape)
-                # Mostly all weights of a kind settle at the same angle, whatever their size.
-                lots = [weights] if alike else np.split(weights, len(weights))
-                for lot in lots:
-                    first = int(lot[0])
-                    measured = {name: of_all.item(first) for name, of_all in means.items()}
-                    predictions.put(lot, self._prediction_of(predictor, kind, first, measured))
+            for rate in different:
+                weights = chosen if len(different) == 1 else chosen[rates == rate]
+                of_all = self._prediction_of_all(predictor, kind, rate, int(weights[0]))
+                if of_all is not None:
+                    predictions.put(places_among(weights, width), of_all.prediction)
+                    continue
+                for place in weights.tolist():
+                    prediction = self._prediction_at(predictor, kind, place)
+                    predictions.put(np.array([place], dtype=np.int64), prediction)
         return predictions
+
+    def _prediction_of_all(
+        self,
+        predictor: Predictor,
+        kind: Kind,
+        rate: float,
+        place: int,
+    ) -> _Alike | None:
+        """What all weights of a kind settle at, as they mostly do, whatever their size; None where
+        each has to be asked."""
+
+        def ask() -> _Alike | None:
+            if not predictor.are_alike(kind.group, rate, kind.effects, kind.shape):
+                return None
+            return _Alike(self._prediction_at(predictor, kind, place))
+
+        group = self._interval.groups[kind.group]
+        # Of some optimizers it moves on with the number of the step.
+        if self._interval.theory.asks_for_step(group):
+            return ask()
+        return self._interval.theory.at_rate(group, rate, kind.effects, kind.shape, ask)
+
+    def _prediction_at(self, predictor: Predictor, kind: Kind, place: int) -> Prediction | None:
+        measured = {name: of_all.item(place) for name, of_all in self._means.items()}
+        return self._prediction_of(predictor, kind, place, measured)
 
     def _prediction_of(
         self, predictor: Predictor, kind: Kind, place: int, measured: Mapping[str, float]
@@ -177,6 +216,7 @@ class ResultRow:
         length = int(self._weights.lengths[place])
         return predictor.predict(kind.group, kind.effects, measured, length, kind.shape)
 
+    @cached_property
     def _means(self) -> dict[str, Doubles]:
         """By name, of each weight, what a prediction asks for."""
         means = {}
@@ -205,11 +245,8 @@ class ResultRow:
         weights, averages = self._weights, self.averages
         matrices = self._reading.matrices
         rates, angles = self._rates, self._angles
-        followed = weights.invariant & np.isfinite(rates) & np.isfinite(angles)
-        # A single number has no direction.
-        followed &= (weights.lengths >= 2) & ~weights.in_16_bits
-        with np.errstate(all="ignore"):
-            norms = np.sqrt(matrices.ww / weights.counts)
+        followed = weights.followable & np.isfinite(rates) & np.isfinite(angles)
+        norms = np.sqrt(matrices.ww / weights.counts)
         steps = WeightSteps(
             self._kinds,
             weights.lengths,
@@ -229,7 +266,9 @@ class ResultRow:
         self.awaited = np.zeros(4, dtype=np.float64)
         block = Block(weights.expected, values, there, expected.order)
         shown = expected.shown
-        self._await(block, shown, expected.angles, np.where(shown, expected.norms, nan))
+        # What is expected in silence is compared with nothing.
+        norms = expected.norms if shown.all() else np.where(shown, expected.norms, nan)
+        self._await(block, shown, expected.angles, norms)
         steered = np.zeros(width, dtype=np.bool_)
         for kind in self._kinds:
             norm = _steered_to(kind.effects)
@@ -242,8 +281,10 @@ class ResultRow:
             aimed &= followed
             steered |= aimed
             self._await(block, aimed, aims, np.full(width, norm, dtype=np.float64))
-        (others,) = np.nonzero(steered & ~np.isin(weights.everywhere, expected.order))
-        self.blocks.append(block._replace(order=np.concatenate([expected.order, others])))
+        if steered.any():
+            (others,) = np.nonzero(steered & ~np.isin(weights.everywhere, expected.order))
+            block = block._replace(order=np.concatenate([expected.order, others]))
+        self.blocks.append(block)
 
     def _await(self, block: Block, weights: Flags, angles: Doubles, norms: Doubles) -> None:
         """Compare some weights with what is expected of them in this step.
@@ -257,21 +298,25 @@ class ResultRow:
         if not weights.any():
             return
         measured = self._angles
+        # Nearly always all of them.
+        chosen: Flags | slice = slice(None) if weights.all() else weights
+        is_unknown = np.isnan(norms)
         # No weight has a length of 0 that anybody expects.
         known_norms = np.where(norms == 0, nan, norms)
         for i, name in enumerate(block.keys.quantities):
             compare = QUANTITIES[name].expectation
             # `MonitoredWeights.expected` names no others.
             assert compare is not None
-            with np.errstate(all="ignore"):
-                compared = compare(measured, angles, known_norms)
-            told = weights & ~np.isnan(norms) if name == "expected_weight_norm" else weights
+            compared = compare(measured, angles, known_norms)
+            told: Flags | slice = chosen
+            if name == "expected_weight_norm":
+                told = weights & ~is_unknown
             block.values[i, told] = compared[told]
             block.there[i, told] = True
-        squares = self.averages.totals_of("angular_update")[weights]
-        counts = self.averages.counts_of("angular_update")[weights]
-        norm = np.where(np.isnan(norms[weights]), 0.0, norms[weights])
-        angle = angles[weights]
+        squares = self.averages.totals_of("angular_update")[chosen]
+        counts = self.averages.counts_of("angular_update")[chosen]
+        norm = np.where(is_unknown[chosen], 0.0, norms[chosen])
+        angle = angles[chosen]
         sums = (squares, angle * angle * counts, norm * norm * counts, counts)
         self.awaited += [terms.sum() for terms in sums]
 
@@ -318,11 +363,13 @@ class ResultRow:
         or not asked for."""
         coherences = np.full(len(self._weights.names), nan, dtype=np.float64)
         asked = wanted[SHOWN.index("loss_decay")]
-        optimizer = self._result.plan.optimizer
+        if not asked.any():
+            return coherences
+        theory = self._interval.theory
         for kind in self._kinds:
             if asked[kind.weights].any():
                 group = self._result.groups[kind.group]
-                kappa = noise_coherence(optimizer, group, kind.effects, kind.shape)
+                kappa = theory.noise_coherence(group, kind.effects, kind.shape)
                 coherences[kind.weights] = nan if kappa is None else kappa
         return coherences
 
@@ -343,7 +390,7 @@ class ResultRow:
         for (group, effects), parts in together.items():
             weights = np.concatenate(parts)
             of_group = self._interval.groups[group]
-            strength = strength_of(self._interval.optimizer, of_group, effects)
+            strength = self._interval.theory.strength(of_group, effects)
             strengths[:, weights] = np.array(strength, dtype=np.float64)[:, None]
             sets_norm = effects.rescaling is not None or effects.jumps is not None
             is_set[weights] = has_jumped and sets_norm
@@ -365,10 +412,9 @@ class ResultRow:
             # The param group joined later, so its weights were not stepped then.
             if group >= len(stretch.settings):
                 return []
-            settings = stretch.settings[group]
-            then = {**self._interval.groups[group], **settings}
-            lr = settings.get("lr") if self._interval.reads_rates else None
-            strength = strength_of(self._interval.optimizer, then, effects)
+            then = self._interval.group_in(stretch, group)
+            lr = stretch.settings[group].get("lr") if self._interval.reads_rates else None
+            strength = self._interval.theory.strength(then, effects)
             steps.append(Taken(stretch.first, stretch.last, strength, lr))
         return steps
 

@@ -6,7 +6,7 @@ any two lines of Python. Over 500 lines, because all parts of a row fill the sam
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -134,7 +134,10 @@ class RowDraft:
         self.histograms.update(reading.histograms)
 
         weights = result.gauge.weights
-        found = ResultRow(result, reading, self.ledger, self._sent.marked)
+        # Numbers that are not finite are answers here. Once for all formulas of the row: each of
+        # them would take longer to say so than to compute.
+        with np.errstate(all="ignore"):
+            found = ResultRow(result, reading, self.ledger, self._sent.marked)
         self._blocks += found.blocks
         for name, known in self._of_weights.items():
             self._of_weights[name] = with_table(known, getattr(found, name))
@@ -188,24 +191,21 @@ class RowDraft:
         marked = self._sent.marked
         # Those in this row begin anew; of the others it is remembered until they have one.
         jumped = self.ledger.new_jumps(marked).difference(self._in_row)
-        self.ledger = replace(self.ledger, marked=marked, jumped=jumped, events=events)
         # No update happened, so there is no row: the next one tells what happened since.
         if not self._optimizer_step:
+            self.ledger = self.ledger.replaced(marked=marked, jumped=jumped, events=events)
             return
         values = RowValues(self._blocks, self._with_overview())
         if self._not_finite:
             warn = partial(self._alarms.not_finite, self._not_finite, self._step, values)
             self.concerns.append(warn)
-        self.ledger = replace(
-            self.ledger,
-            courses=self._of_weights["courses"],
-            expectations=self._of_weights["expectations"],
-            balances=self._of_weights["balances"],
-            norms=self._of_weights["norms"],
-            rates=self._of_weights["rates"],
+        self.ledger = self.ledger.replaced(
+            **self._of_weights,
             measured=self._measured,
             counted=self._counted,
             events=(),
+            marked=marked,
+            jumped=jumped,
             promised={**self.ledger.promised, **told_to_trainer(values)},
         )
         if self._dropped and marks_drops:

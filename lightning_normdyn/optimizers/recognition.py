@@ -187,6 +187,16 @@ def writes_into_groups(optimizer_class: type) -> bool:
     return row is None or not row.step_was_read
 
 
+def follows_from_groups(optimizer: Optimizer | type[Optimizer]) -> bool:
+    """Whether what ``optimizer`` does follows from its class and its param groups alone.
+
+    So it is of torch's own. An optimizer that is known by name or from a trial may have attributes
+    that count.
+    """
+    row = _row_of_step(optimizer if isinstance(optimizer, type) else type(optimizer))
+    return row is not None and row.known_class is not None
+
+
 def evaluates_closure_often(optimizer: Optimizer) -> bool:
     """Whether ``optimizer``, or a class of that name that it derives from, is one of many closures.
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from operator import is_
+from operator import attrgetter, is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,25 @@ class Ids:
         return ids
 
 
+_SHAPE = attrgetter("shape")
+_DTYPE = attrgetter("dtype")
+_IS_CPU = attrgetter("is_cpu")
+
+
+class _Memory(NamedTuple):
+    """What the newest snapshots were written to.
+
+    Args:
+        ids: of the weights.
+        forms: shape and dtype of each storage.
+        buffers: the copies.
+    """
+
+    ids: list[int]
+    forms: list[tuple[torch.Size, torch.dtype]]
+    buffers: list[Tensor]
+
+
 class Snapshots:
     """The copies of one optimizer's weights, of one step at a time; each weight is copied once.
 
@@ -74,8 +94,11 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._requests: dict[Tensor, Tensor] = {}
-        self._copies: dict[Tensor, Tensor] = {}
-        self._buffers: dict[Tensor, Tensor] = {}
+        # By id: to hash a tensor calls Python, and a step looks for each weight several times. The
+        # optimizer holds the weights while copies of them are kept.
+        self._copies: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._newest = _Memory([], [], [])
 
     def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
         """Ask, before phase SNAPSHOT, that the shrunk weights of this step be copied.
@@ -86,16 +109,26 @@ class Snapshots:
         """
         self._requests.update(storages)
 
-    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Memory for this step's snapshot, in the order of ``storages``.
+    def early_snapshot(self, weights: Sequence[Tensor], storages: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for this step's snapshot of ``weights``, in their order.
 
         For one who reads the weights anyway and copies them on the way. Only for a handler in a
         phase after which nothing `acts_between` it and SNAPSHOT; it must copy all.
+
+        Args:
+            weights: each of them once.
+            storages: this rank's plain storage of each.
         """
-        for weight, storage in storages.items():
-            if weight not in self._copies:
-                self._copies[weight] = self._buffer(weight, storage)
-        return [self._copies[weight] for weight in storages]
+        ids = list(map(id, weights))
+        # Nearly always one handler asks, for all weights of its plan.
+        if not self._copies:
+            memory = self._memory_for(ids, storages)
+            self._copies.update(zip(ids, memory, strict=True))
+            return memory
+        for number, storage in zip(ids, storages, strict=True):
+            if number not in self._copies:
+                self._copies[number] = self._buffer(number, storage)
+        return self.snapshots_of(weights)
 
     def take_snapshots(self) -> None:
         """Copy what was asked for and is not there yet."""
@@ -103,29 +136,49 @@ class Snapshots:
             return
         requests, self._requests = self._requests, {}
         missing = {
-            weight: storage for weight, storage in requests.items() if weight not in self._copies
+            weight: storage
+            for weight, storage in requests.items()
+            if id(weight) not in self._copies
         }
         # One call for all of them: on a GPU that is a few launches instead of one per weight.
         if missing:
-            torch._foreach_copy_(self.early_snapshot(missing), list(missing.values()))
+            storages = list(missing.values())
+            torch._foreach_copy_(self.early_snapshot(list(missing), storages), storages)
 
     def snapshot(self, weight: Tensor) -> Tensor:
         """The copy of the storage of ``weight`` that was taken in this step's SNAPSHOT phase."""
-        return self._copies[weight]
+        return self._copies[id(weight)]
+
+    def snapshots_of(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """As `snapshot`, of many weights."""
+        return list(map(self._copies.__getitem__, map(id, weights)))
 
     def forget_snapshots(self) -> None:
         """The step is over, or never came."""
         self._copies.clear()
 
-    def _buffer(self, weight: Tensor, storage: Tensor) -> Tensor:
+    def _memory_for(self, ids: list[int], storages: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for copies of all ``storages``, that of the last time where they are alike."""
+        forms = list(zip(map(_SHAPE, storages), map(_DTYPE, storages), strict=True))
+        newest = self._newest
+        # A few comparisons of whole lists: to look at the buffer of each weight takes ten times as
+        # long.
+        if newest.ids == ids and newest.forms == forms and all(map(_IS_CPU, storages)):
+            return list(newest.buffers)
+        buffers = [self._buffer(*entry) for entry in zip(ids, storages, strict=True)]
+        are_kept = all(map(_IS_CPU, storages))
+        self._newest = _Memory(ids, forms, list(buffers)) if are_kept else _Memory([], [], [])
+        return buffers
+
+    def _buffer(self, number: int, storage: Tensor) -> Tensor:
         # A CPU fetches new memory page by page from the system, which takes three times as long as
         # the copy, so it is kept. An accelerator's allocator keeps what is freed, and there others
         # can use it between two steps.
         if storage.device.type != "cpu":
             return torch.empty_like(storage)
-        buffer = self._buffers.get(weight)
+        buffer = self._buffers.get(number)
         if buffer is None or buffer.shape != storage.shape or buffer.dtype != storage.dtype:
-            buffer = self._buffers[weight] = torch.empty_like(storage)
+            buffer = self._buffers[number] = torch.empty_like(storage)
         return buffer
 
 

@@ -19,7 +19,8 @@ norm at the start and the schedule. Of an optimizer that does more than this (Li
 noise coherence κ and the energy s of a step are known, and the norm follows the rule of
 `lightning_normdyn.theory.growth`.
 
-Numbers of the host, in numpy's float64: about 50 operations on (n,) a step.
+Numbers of the host, in numpy's float64: 20 to 50 operations on (n,) a step. Over 500 lines, because
+the recursion and the rule for all others go on from one state, under one reading of a decay.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import MIN_SHRINK_FACTOR
+from lightning_normdyn.optimizers.facts import OptimizerFacts
 from lightning_normdyn.optimizers.group_numbers import Group
 from lightning_normdyn.optimizers.recognition import row_of
 from lightning_normdyn.optimizers.recursion_rules import BufferStep
@@ -59,6 +61,30 @@ __all__ = ["NormCourse", "norm_course"]
 # Where only coherence and energy of steps are known, they have to forget each other well before the
 # norm changes: with a memory of 100 steps and a relaxation of 333, the norm is 8 % off.
 _LONGEST_MEMORY = 0.2
+
+
+Numbers = Any
+"""A numpy float64 for all vectors, or ``(n,)``."""
+
+_NOTHING = np.float64(0.0)
+_UNKNOWN = np.float64(math.nan)
+
+
+def _double(value: Any) -> Numbers:
+    # Of numpy, also where it is one number: Python raises where numpy gives infinity.
+    if isinstance(value, np.ndarray):
+        return value
+    return np.float64(value)
+
+
+def _as_doubles(value: Any) -> Numbers | None:
+    """A number, or one per vector, as an option gives them; None if it is missing."""
+    if value is None or isinstance(value, float):
+        return None if value is None else np.float64(value)
+    if isinstance(value, Tensor):
+        value = value.numpy(force=True)
+    found = np.asarray(value, dtype=np.float64)
+    return found if found.ndim else np.float64(found)
 
 
 @dataclass
@@ -89,6 +115,22 @@ class _State:
     moment_is_new: bool = True
     in_real_units: bool = False
     rough: bool = False
+
+
+class Treatment(NamedTuple):
+    """What is the same of consecutive steps, made by `NormCourse.under`.
+
+    Args:
+        group: the param group, in plain numbers; its learning rate may be another in each step.
+        row: what is known about the optimizer.
+        options: what callbacks do, its numbers as float64 or ``(n,)``.
+        is_derived: whether anybody can tell what such a step does.
+    """
+
+    group: Group
+    row: OptimizerFacts | None
+    options: Options
+    is_derived: bool
 
 
 class NormCourse:
@@ -145,10 +187,35 @@ class NormCourse:
         empty, unknown = np.zeros_like(start), np.full_like(start, math.nan)
         self._state = _State(start**2, empty, empty, empty, unknown, unknown)
 
+    @classmethod
+    def going_on(
+        cls,
+        optimizer_class: type,
+        state: Mapping[str, Any],
+        dim: Array,
+        *,
+        shape: tuple[int, int] | None = None,
+    ) -> NormCourse:
+        """A course that goes on from what `arrays` gave. Nothing is checked: for one who has made
+        sure that it `is_understood`.
+
+        Args:
+            optimizer_class: class of the optimizer.
+            state: of a course over as many vectors.
+            dim: entries of each vector, ``(n,)``.
+            shape: as for the course that it was.
+        """
+        course = cls.__new__(cls)
+        course._optimizer_class = optimizer_class
+        course._shape = shape
+        course._dim = dim
+        course._state = _State(**state)
+        return course
+
     def _check_understood(self, group: Group) -> None:
         lacks = ""
         try:
-            if self._has_rule(group):
+            if _has_rule(self._optimizer_class, group, self._shape):
                 return
         except KeyError as error:
             lacks = f" (the param group lacks {error})"
@@ -156,16 +223,6 @@ class NormCourse:
             f"No course of the norm is known of {self._optimizer_class.__name__} with these "
             f"settings{lacks}. Muon asks for shape=(rows, columns)."
         )
-
-    def _has_rule(self, group: Group) -> bool:
-        row = row_of(self._optimizer_class, group)
-        if row is None:
-            return False
-        if row.recursion is not None:
-            return row.recursion(plain_group(group), 1, 0.0) is not None
-        response = own_response(self._optimizer_class, group, Subject(self._shape))
-        # A decay inside the gradient of such an optimizer is divided by nobody knows what.
-        return response is not None and not response.rough
 
     # ------------------------------------------------------------------------------ what to read
 
@@ -221,48 +278,98 @@ class NormCourse:
         Raises:
             TypeError: for an option that does not exist.
         """
+        treatment = self.under(group, **options)
+        self.step(treatment, treatment.group.get("lr"), gradient_scale, energy=energy)
+
+    def under(self, group: Group, **options: Unpack[Options]) -> Treatment:
+        """What many steps have in common, worked out once for all of them.
+
+        Args:
+            group: as of :meth:`advance`, but for the learning rate.
+            options: see there.
+
+        Raises:
+            TypeError: for an option that does not exist.
+        """
         check_options(options)
-        decays: dict[str, Any] = {
-            "shrink": self._per_vector(options.get("shrink")),
-            "decay": self._per_vector(options.get("decay")),
-        }
-        acting = cast(Options, {**options, **decays})
-        scale, square = self._per_vector(gradient_scale), self._per_vector(energy)
+        decays: dict[str, Any] = {}
+        for name in ("shrink", "decay"):
+            decays[name] = _as_doubles(options.get(name))
+        plain = plain_group(group)
+        # What a cautious decay does off its equilibrium was not derived. And settings on a device
+        # are as unknown as those that nobody has derived.
+        on_device = any(isinstance(value, Tensor) for value in plain.values())
+        is_derived = not (options.get("cautious", False) or on_device)
+        row = row_of(self._optimizer_class, plain)
+        return Treatment(plain, row, cast(Options, {**options, **decays}), is_derived)
+
+    def step(
+        self,
+        treatment: Treatment,
+        lr: object,
+        gradient_scale: float | ArrayLike | None = None,
+        *,
+        energy: float | ArrayLike | None = None,
+        shrink: Array | None = None,
+        wants_angle: bool = True,
+    ) -> None:
+        """One optimizer step, as :meth:`advance`.
+
+        Args:
+            treatment: what it has in common with others.
+            lr: its learning rate; everything is lost unless this is a float.
+            gradient_scale: see there.
+            energy: see there.
+            shrink: ``(n,)``, the option of that name, which follows the norm from step to step.
+            wants_angle: whether anybody asks for the angle of this step, on which no later one
+                rests; else :attr:`angular_update` may still be that of an earlier one.
+        """
         self._state.steps += 1
+        options = treatment.options
+        if shrink is not None:
+            options = {**options, "shrink": shrink}  # type: ignore[typeddict-item]
+        scale, square = self._per_vector(gradient_scale), self._per_vector(energy)
         # Numbers that are not finite are the answer here, and not a fault.
         with np.errstate(all="ignore"):
             try:
-                self._advance(plain_group(group), scale, square, acting)
+                self._step(treatment, lr, scale, square, options, wants_angle)
             except (KeyError, TypeError, ArithmeticError):
                 self._lose()
 
-    def _advance(
-        self, group: Group, scale: Array | None, energy: Array | None, options: Options
+    def _step(
+        self,
+        treatment: Treatment,
+        lr: object,
+        scale: Array | None,
+        energy: Array | None,
+        options: Options,
+        wants_angle: bool,
     ) -> None:
-        row = row_of(self._optimizer_class, group)
-        lr = group.get("lr")
-        # Settings on a device are as unknown as those that nobody has derived.
-        on_device = any(isinstance(value, Tensor) for value in group.values())
-        # What a cautious decay does off its equilibrium was not derived.
-        underived = options.get("cautious", False)
-        if row is None or underived or on_device or not isinstance(lr, float):
+        row = treatment.row
+        if row is None or not treatment.is_derived or not isinstance(lr, float):
             self._lose()
             return
-        self._state.largest_rate = max(self._state.largest_rate, lr)
-        options = self._with_largest_rate(group, options)
+        state, group = self._state, treatment.group
+        is_written = group.get("lr") == lr
+        if not is_written:
+            group = {**group, "lr": lr}
+        state.largest_rate = max(state.largest_rate, lr)
+        # Only a decay that is not in proportion to the rate asks for the largest one.
+        if options.get("decay_rate", "lr") != "lr":
+            options = self._with_largest_rate(group, options)
         # Where every step is known, that is better than what steps come to on average.
         if row.recursion is None:
             self._advance_by_coherence(group, scale, energy, options)
             return
-        step = row.recursion(group, self._state.steps, self._state.carried)
+        step = row.recursion(group, state.steps, state.carried)
         if step is None:
             self._lose()
             return
-        self._state.carried = step.carried
+        state.carried = step.carried
         if step.rests:
-            self._state.angle = self._array(0.0)
+            state.angle = self._array(0.0)
             return
-        self._advance_by_recursion(step, group, scale, options)
+        self._advance_by_recursion(step, group, scale, options, wants_angle)
 
     def _lose(self) -> None:
         """Where the norms went is not known."""
@@ -284,37 +391,49 @@ class NormCourse:
         return self._array(value)
 
     def _array(self, value: Any) -> Array:
-        # Most are one number, and a broadcast costs ten times as much.
+        present = self._state.angle
+        # Most are one number, or one for each already, and a broadcast costs ten times as much.
         if isinstance(value, float):
-            return np.full_like(self._state.angle, value)
+            return np.full_like(present, value)
+        if isinstance(value, np.ndarray) and value.shape == present.shape:
+            return value.astype(np.float64, copy=False)
         if isinstance(value, Tensor):
             value = value.numpy(force=True)
-        return np.broadcast_to(np.asarray(value, dtype=np.float64), self._state.angle.shape)
+        return np.broadcast_to(np.asarray(value, dtype=np.float64), present.shape)
 
     def _decays(
         self, own: StepDecay, group: Group, lr: float, options: Options
-    ) -> tuple[Array, Array, bool]:
+    ) -> tuple[Numbers, Numbers, bool]:
         """The share that a decoupled decay takes of the vectors in this step, λ of a coupled one,
         and whether the decay is AWS's."""
         decay = decay_under(options, own, group)
-        nothing = self._array(0.0)
         # A shrink by another power of the rate.
         if decay.adaptive and decay.decay is None:
-            return self._array(math.nan), nothing, False
+            return _UNKNOWN, _NOTHING, False
         if options.get("decay_rate") == "constant":
             # Also at a learning rate of 0, where there is no λ in 1/(step·lr).
-            given = self._per_vector(options.get("decay"))
-            return self._array(group["weight_decay"]) if given is None else given, nothing, False
+            given = options.get("decay")
+            return _double(group["weight_decay"] if given is None else given), _NOTHING, False
         if decay.decay is None:
-            return nothing, nothing, False
+            return _NOTHING, _NOTHING, False
+        amount = _double(decay.decay)
         if decay.coupled:
-            return nothing, self._array(decay.decay), decay.adaptive
-        return lr * self._array(decay.decay), nothing, decay.adaptive
+            return _NOTHING, amount, decay.adaptive
+        return lr * amount, _NOTHING, decay.adaptive
 
     def _advance_by_recursion(
-        self, step: BufferStep, group: Group, scale: Array | None, options: Options
+        self,
+        step: BufferStep,
+        group: Group,
+        scale: Array | None,
+        options: Options,
+        wants_angle: bool,
     ) -> None:
-        """One step of the recursion of the module's docstring."""
+        """One step of the recursion of the module's docstring.
+
+        What is the same of all vectors stays one number, and squares are products: numpy takes a
+        power of an array for a product, and one of a number not.
+        """
         state = self._state
         lr = group["lr"] * step.rate_factor
         own = StepDecay(step.decay, step.coupled)
@@ -322,13 +441,16 @@ class NormCourse:
         unit = self._unit(step, inside, scale)
         ww, wm, mm, moment = state.ww, state.wm, state.mm, state.moment
 
-        # E of ⟨G, G⟩, ⟨w, G⟩ and ⟨m, G⟩: only the decay in it is correlated with w and m.
-        gg = unit / ww + inside**2 * ww
-        wg = inside * ww
-        mg = inside * wm
+        # E of ⟨G, G⟩, ⟨w, G⟩ and ⟨m, G⟩. Only a decay in the gradient is correlated with w and m:
+        # without one, a third of what follows would be sums with 0.
+        gg = unit / ww
+        wg = mg = None
+        if inside is not _NOTHING:
+            gg = gg + inside * inside * ww
+            wg, mg = inside * ww, inside * wm
 
-        newest = self._array(step.newest)
-        buffered = self._array(step.buffered)
+        newest: Numbers = _double(step.newest)
+        buffered: Numbers = _double(step.buffered)
         second = step.second
         if second is not None:
             if state.moment_is_new:
@@ -345,41 +467,60 @@ class NormCourse:
 
         # The buffer m', and its products with w, G and itself.
         memory, taken = step.memory, step.taken
-        w_buffer = memory * wm + taken * wg
-        buffer_g = memory * mg + taken * gg
-        buffer_buffer = memory**2 * mm + 2 * memory * taken * mg + taken**2 * gg
+        w_buffer = memory * wm
+        buffer_g = taken * gg
+        buffer_buffer = memory**2 * mm
+        if wg is not None and mg is not None:
+            w_buffer = w_buffer + taken * wg
+            buffer_g = memory * mg + buffer_g
+            buffer_buffer = buffer_buffer + 2 * memory * taken * mg
+        buffer_buffer = buffer_buffer + taken**2 * gg
 
         # The update u = a G + b m', and its products with w, m' and itself.
-        w_update = newest * wg + buffered * w_buffer
-        update_buffer = newest * buffer_g + buffered * buffer_buffer
-        crossed = 2 * newest * buffered * buffer_g
-        update_update = newest**2 * gg + crossed + buffered**2 * buffer_buffer
-        # What of it is at right angles to w turns the vector.
-        across = update_update - w_update**2 / ww
+        w_update = buffered * w_buffer
+        update_buffer = buffered * buffer_buffer
+        update_update = buffered * buffered * buffer_buffer
+        # Most optimizers take the gradient from the buffer alone.
+        if step.newest != 0:
+            if wg is not None:
+                w_update = newest * wg + w_update
+            update_buffer = newest * buffer_g + update_buffer
+            crossed = 2 * newest * buffered * buffer_g
+            update_update = newest * newest * gg + crossed + update_update
 
         # The decay acts first, on the weight that the gradient was taken at.
         kept = 1 - pull
         if adaptive:
             kept = np.maximum(kept, MIN_SHRINK_FACTOR)
-        if step.projected or options.get("projected", False):
+        is_projected = step.projected or options.get("projected", False)
+        if is_projected or wants_angle:
+            # What of the update is at right angles to w turns the vector.
+            across = update_update - w_update**2 / ww
+        if is_projected:
             along = kept
-            grown = kept**2 * ww + lr**2 * across
+            grown = kept * kept * ww + lr**2 * across
             update_buffer = update_buffer - w_update * w_buffer / ww
         else:
-            along = kept - lr * w_update / ww
-            grown = kept**2 * ww - 2 * kept * lr * w_update + lr**2 * update_update
-        # Where gradients explode, a tangent of thousands is an angle of a quarter turn.
-        state.angle = np.arctan2(lr * np.sqrt(across / ww), along)
+            grown = kept * kept * ww - 2 * kept * lr * w_update + lr**2 * update_update
+        if wants_angle:
+            if not is_projected:
+                along = kept - lr * w_update / ww
+            # Where gradients explode, a tangent of thousands is an angle of a quarter turn.
+            state.angle = np.arctan2(lr * np.sqrt(across / ww), along)
         # The weight has moved, so the buffer's product with it has, too.
         state.wm = kept * w_buffer - lr * update_buffer
         state.ww, state.mm, state.moment = grown, buffer_buffer, moment
 
-    def _unit(self, step: BufferStep, inside: Array, scale: Array | None) -> Array:
+    def _unit(self, step: BufferStep, inside: Numbers, scale: Array | None) -> Array:
         """L of this step."""
         state, second = self._state, step.second
+        # In the gradients' own units already, as nearly every step is.
+        if scale is not None and state.in_real_units:
+            state.scale = scale
+            return scale
         is_first = not state.in_real_units and bool(np.isnan(state.scale).all())
         # Buffers that were filled in another unit cannot go on in the real one.
-        if scale is not None and (is_first or state.in_real_units):
+        if scale is not None and is_first:
             state.scale = scale
             state.in_real_units = True
             return scale
@@ -410,7 +551,7 @@ class NormCourse:
             # gradient's size, it is nobody knows what.
             pull = lr * inside * float(response.total)
             if response.normalized:
-                pull = self._array(math.nan)
+                pull = _UNKNOWN
         if options.get("projected", False):
             response = response.projected()
 
@@ -472,6 +613,35 @@ class NormCourse:
                 )
             loaded[name] = value if isinstance(present, np.ndarray) else value.item()
         self._state = _State(**loaded)
+
+
+def is_understood(
+    optimizer_class: type, group: Group, shape: tuple[int, int] | None = None
+) -> bool:
+    """Whether there is a :class:`NormCourse` under these settings; arguments as there.
+
+    Example:
+        >>> import torch
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False}
+        >>> is_understood(torch.optim.SGD, group), is_understood(torch.optim.SGD, {"lr": 0.1})
+        (True, False)
+    """
+    try:
+        return _has_rule(optimizer_class, group, shape)
+    # A setting without which nobody can tell.
+    except KeyError:
+        return False
+
+
+def _has_rule(optimizer_class: type, group: Group, shape: tuple[int, int] | None) -> bool:
+    row = row_of(optimizer_class, group)
+    if row is None:
+        return False
+    if row.recursion is not None:
+        return row.recursion(plain_group(group), 1, 0.0) is not None
+    response = own_response(optimizer_class, group, Subject(shape))
+    # A decay inside the gradient of such an optimizer is divided by nobody knows what.
+    return response is not None and not response.rough
 
 
 def norm_course(

@@ -80,4 +80,4 @@ def grown(square: Array, kept: Array | float, coherence: Array | float, step: Ar
         >>> grown(np.array([4.0]), 0.5, 19.0, np.array([0.01]))
         array([1.19])
     """
-    return kept**2 * square + coherence * step
+    return kept * kept * square + coherence * step

@@ -14,7 +14,7 @@ def after(table, step, predictions, taken):
     found = Predictions.none(len(predictions))
     for place, prediction in enumerate(predictions):
         found.put(np.array([place]), prediction)
-    return table.after(step, found, np.array(taken))
+    return table.after(step, found, np.array(taken), np.array(taken))
 
 
 def test_a_course_adds_up_relaxation_times_and_notes_changes():
@@ -22,7 +22,6 @@ def test_a_course_adds_up_relaxation_times_and_notes_changes():
     held = Prediction(0.01, None, 0.0, 0.1)
     table = CourseTable.from_values(("a", "held", "none", "absent"), [None] * 4)
     taken = [True, True, True, False]
-    table = table.seen(np.array(taken))
     table = after(table, 10, [slow, held, None, slow], taken)
     table = after(table, 20, [slow, held, None, slow], taken)
     table = after(table, 30, [fast, held, None, slow], taken)

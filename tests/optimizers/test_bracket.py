@@ -414,12 +414,12 @@ def test_who_reads_the_weights_may_take_the_snapshot_early():
 
     def look(step):
         assert not bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
-        (memory,) = bracket.early_snapshot({first: first.data})
+        (memory,) = bracket.early_snapshot([first], [first.data])
         memory.copy_(first)
         bracket.request_snapshot(
             {first: torch.zeros_like(first), second: second.data}
         )  # the first is not copied again
-        (again,) = bracket.early_snapshot({first: first.data})
+        (again,) = bracket.early_snapshot([first], [first.data])
         assert again is memory
         if step.number == 2:
             raise RuntimeError("a handler fails")

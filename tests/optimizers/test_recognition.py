@@ -18,6 +18,7 @@ from lightning_normdyn.optimizers.recognition import (
     class_for_predictions,
     evaluates_closure_often,
     facts_of,
+    follows_from_groups,
     has_plain_rate,
     is_schedule_free,
     row_of,
@@ -213,3 +214,20 @@ def test_a_rate_is_plain_or_differs_between_weights_where_the_table_says_so():
     assert list(map(has_plain_rate, optimizers)) == [True, False, False, False]
     differs = [facts_of(o).rate_by_weight for o in optimizers]
     assert differs == [False, True, True, False]
+
+
+def test_of_torchs_own_optimizers_all_follows_from_class_and_groups():
+    class Counting(torch.optim.SGD):
+        """With torch's own step."""
+
+    class Stepping(torch.optim.SGD):
+        """With a step of its own."""
+
+        def step(self, closure=None):
+            return super().step(closure)
+
+    weights = [nn.Parameter(torch.ones(2, 3))]
+    assert follows_from_groups(torch.optim.AdamW)
+    assert follows_from_groups(torch.optim.SGD(weights, lr=0.1))
+    assert follows_from_groups(Counting(weights, lr=0.1))
+    assert not follows_from_groups(Stepping(weights, lr=0.1))

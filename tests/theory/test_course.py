@@ -751,3 +751,25 @@ def test_what_is_known_by_its_coherence_stays_on_course(
     family: Family, schedule: Schedule, times: float
 ) -> None:
     assert_on_course_by_coherence(family, schedule, times)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_steps_that_have_their_settings_in_common_are_those_taken_one_by_one(optimizer):
+    weight = torch.nn.Parameter(torch.ones(2, 8))
+    options = {"momentum": 0.9} if optimizer is SGD else {}
+    group = optimizer([weight], lr=0.1, weight_decay=0.1, **options).param_groups[0]
+    single = NormCourse(optimizer, group, [2.0, 3.0], [8, 64])
+    several = NormCourse(optimizer, group, [2.0, 3.0], [8, 64])
+    treatment = several.under(group)
+    for step in range(30):
+        lr, scale = 0.1 / (step + 1), np.array([4.0, 5.0 + step])
+        # From the middle on a shrink acts, which follows the norm.
+        shrink = 0.1 * single.weight_norm if step > 20 else None
+        single.advance({**group, "lr": lr}, scale, shrink=shrink)
+        several.step(treatment, lr, scale, shrink=shrink)
+        if step == 10:
+            # What goes on from the arrays of another course goes on as that one.
+            dims = np.array([8.0, 64.0])
+            several = NormCourse.going_on(optimizer, several.arrays(), dims)
+    assert np.isfinite(single.weight_norm).all()
+    assert several.state_dict() == single.state_dict()
