@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .by_weight import Doubles, Flags, Ints, Places
-from .predictions import Prediction
+from .predictions import Predicted, Prediction
 from .verdicts import Course
 
 # A change of lr x decay by this much is worth an entry in a course.
@@ -59,6 +59,18 @@ class Predictions(NamedTuple):
         self.power[places] = prediction.power
         self.pull[places] = prediction.pull
         self.rough[places] = prediction.rough
+
+    def put_each(self, places: Ints, predicted: Predicted | None) -> None:
+        """Write the predictions of several weights, as `put`."""
+        if predicted is None:
+            self.there[places] = False
+            return
+        self.there[places] = ~np.isnan(predicted.angular_update)
+        self.angular_update[places] = predicted.angular_update
+        self.relaxation[places] = predicted.relaxation
+        self.power[places] = predicted.power
+        self.pull[places] = predicted.pull
+        self.rough[places] = predicted.rough
 
     def of(self, place: int) -> Prediction | None:
         """That of one weight."""

@@ -226,7 +226,7 @@ class StepGauge:
             steered, invariant = effect.rotation is not None, target.scale_invariant
             of_matrices_of.append(of_matrices(quantities, invariant, steered=steered))
         self._warm = np.zeros(len(plan.targets), dtype=np.bool_)
-        self._all_warm = False
+        self._cold: list[int] = np.flatnonzero(~self._warm).tolist()
         self._known_places: tuple[list[int], list[int]] | None = None
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
@@ -269,7 +269,6 @@ class StepGauge:
         names = self.weights.names
         self.effects = dict(zip(names, [one_of[effect] for effect in effects], strict=True))
         self.weights.take_effects(list(self.effects.values()))
-        self._decays = any(effect.decaying is not None for effect in effects)
         shrinks = [effect.shrink for effect in effects]
         # NaN, not 0: every mean leaves it out, while a 0 would be averaged as a strength.
         alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
@@ -287,11 +286,9 @@ class StepGauge:
         bracket = step.bracket
         number = plan.number(step)
         # Whom the optimizer has stepped, it has stepped for good.
-        if not self._all_warm:
-            for place in np.flatnonzero(~self._warm).tolist():
-                weight = plan.targets[place].weight
-                self._warm[place] = has_stepped(plan.optimizer, weight, number)
-            self._all_warm = bool(self._warm.all())
+        for place in self._cold:
+            self._warm[place] = has_stepped(plan.optimizer, plan.targets[place].weight, number)
+        self._cold = np.flatnonzero(~self._warm).tolist() if self._cold else []
         vectors = plan.vectors
         weights = vectors.values()
         gradients = vectors.gradients()
@@ -324,8 +321,7 @@ class StepGauge:
             "wg": wg,
             "gg": gg,
             "ones_w": ones_w[0] if ones_w else None,
-            # Mostly nobody decays: to find that out anew asks every weight.
-            "decay": decay_of_vectors(plan, self.effects) if self._decays else None,
+            "decay": decay_of_vectors(plan, self.effects),
             "log_scale": log_scale,
         }
         if not copies_now:

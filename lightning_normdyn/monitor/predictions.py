@@ -6,9 +6,11 @@ Numbers of the host. Formulas: `lightning_normdyn.theory.equilibrium`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import Any
+from math import inf, isnan, nan
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects, Rescaling
@@ -19,6 +21,7 @@ from lightning_normdyn.optimizers.step_response import own_response, response_un
 from lightning_normdyn.optimizers.step_rules import StepResponse, Subject
 from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 
+from .by_weight import Doubles
 from .pulls import paced_decay
 
 
@@ -162,6 +165,24 @@ class Prediction:
     rough: bool = False
 
 
+class Predicted(NamedTuple):
+    """A `Prediction` of each of several weights, ``(k,)`` each but for what they have in common.
+
+    Args:
+        angular_update: NaN of weights that have no prediction.
+        relaxation: see `Prediction`; NaN for None.
+        power: see there.
+        pull: see there.
+        rough: see there.
+    """
+
+    angular_update: Doubles
+    relaxation: Doubles
+    power: float
+    pull: Doubles
+    rough: bool
+
+
 def predict(
     optimizer: AnOptimizer,
     group: Mapping[str, Any],
@@ -264,9 +285,39 @@ class Predictor:
         """
         try:
             return self._predict(place, effects, measured, length, shape)
-        # A run that diverges in float64 comes by norms whose fourth power is no number any more.
-        except OverflowError:
+        # A run that diverges in float64, or one whose weights vanish, comes by norms whose fourth
+        # power is no number any more, or 0.
+        except (OverflowError, ZeroDivisionError):
             return None
+
+    def predict_each(
+        self,
+        place: int,
+        lr: float,
+        effects: Effects,
+        measured: Mapping[str, Doubles],
+        lengths: Doubles,
+        shape: tuple[int, int] | None,
+    ) -> Predicted | None:
+        """`predict` for weights that are not `are_alike`, ``(k,)``; None where none has a
+        prediction.
+
+        Args:
+            place: of their param group.
+            lr: of all of them.
+            effects: as in `predict`, the same for all.
+            measured: see there, ``(k,)``, with a ``gradient_scale`` that is 0 for all of them or
+                for none.
+            lengths: see there, ``(k,)``.
+            shape: rows and columns, of matrices.
+        """
+        # As tensors, which the formulas take in the place of numbers.
+        of_each = {name: torch.from_numpy(values) for name, values in measured.items()}
+        scale = of_each.get("gradient_scale")
+        if scale is not None and not measured["gradient_scale"].any():
+            scale = None
+        dims = torch.from_numpy(lengths)
+        return self._settled(place, lr, effects, of_each, scale, dims, shape)
 
     def _predict(
         self,
@@ -276,11 +327,35 @@ class Predictor:
         length: int,
         shape: tuple[int, int] | None,
     ) -> Prediction | None:
-        lr, norm = measured["lr"], measured["weight_norm"]
+        lr = measured["lr"]
         # 0 stands for no gradient at all, and a formula would divide by it.
         scale = measured.get("gradient_scale") or None
+        found = self._settled(place, lr, effects, measured, scale, length, shape)
+        if found is None or isnan(found.angular_update[0]):
+            return None
+        relaxation = found.relaxation[0].item()
+        return Prediction(
+            found.angular_update[0].item(),
+            None if isnan(relaxation) else relaxation,
+            found.power,
+            found.pull[0].item(),
+            found.rough,
+        )
+
+    def _settled(
+        self,
+        place: int,
+        lr: float,
+        effects: Effects,
+        measured: Mapping[str, Number],
+        scale: Number | None,
+        length: Any,
+        shape: tuple[int, int] | None,
+    ) -> Predicted | None:
+        """What a weight settles at, or several whose numbers stand in tensors."""
+        norm = measured["weight_norm"]
         if effects.rescaled_now is not None:
-            return _predict_rescaled(
+            return _settled_rescaled(
                 self._optimizer,
                 self._group(place, lr),
                 effects,
@@ -299,9 +374,16 @@ class Predictor:
         if "shrink" in options:
             options = {**options, "shrink": measured.get("equivalent_weight_decay")}
             response = response_under(own, self._group(place, lr), **options)
-            return _prediction_from(response, scale, length, norm)
-        response = self._response_under(place, lr, effects, shape, own, options)
-        return _prediction_from(response, scale, length, norm)
+        else:
+            response = self._response_under(place, lr, effects, shape, own, options)
+        if response.decay is None:
+            return None
+        settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+        if settled is None:
+            return None
+        angle, relaxation = settled
+        pull = response.lr * response.decay / (norm if response.adaptive else 1.0)
+        return _predicted(angle, relaxation, float(response.power), pull, response.rough)
 
     def _response_under(
         self,
@@ -344,37 +426,27 @@ class Predictor:
         return self._responses[key]
 
 
-def _prediction_from(
-    response: StepResponse, scale: float | None, length: int, norm: float
-) -> Prediction | None:
-    """What a weight settles at that responds so; arguments as `Predictor.predict` finds them."""
-    if response.decay is None:
-        return None
-    settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+def _predicted(
+    angle: Number, relaxation: Number, power: float, pull: Number, rough: bool
+) -> Predicted:
+    """What formulas gave for one weight or for several, as arrays."""
+    columns = [np.atleast_1d(np.asarray(column)) for column in (angle, relaxation, pull)]
+    angles, relaxations, pulls = np.broadcast_arrays(*columns)
     # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
     # reaches.
-    if settled is None or not 0 < float(settled[0]) < inf:
-        return None
-    angle, relaxation = settled
-    pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
-    return Prediction(
-        float(angle),
-        float(relaxation),
-        response.power,
-        pull,
-        response.rough,
-    )
+    are_reached = (angles > 0) & (angles < inf)
+    return Predicted(np.where(are_reached, angles, nan), relaxations, power, pulls, rough)
 
 
-def _predict_rescaled(
+def _settled_rescaled(
     optimizer: AnOptimizer,
     group: Mapping[str, Any],
     effects: Effects,
     rescaling: Rescaling,
-    norm: float,
-    scale: float | None,
-    length: int,
-) -> Prediction | None:
+    norm: Number,
+    scale: Number | None,
+    length: Any,
+) -> Predicted | None:
     """Under WRS, which has been derived for steps without any decay."""
     if effects.underived or effects.scaled_steps or effects.shrink is not None:
         return None
@@ -390,7 +462,7 @@ def _predict_rescaled(
         target_norm=norm if rescaling.target_norm == "initial" else rescaling.target_norm,
         projected=effects.projection is not None,
     )
-    if angle is None or not 0 < float(angle) < inf:
+    if angle is None:
         return None
     # WRS sets the norm, so nothing relaxes; the angle changes with the learning rate alone.
-    return Prediction(float(angle), None, 0, float(group["lr"]))
+    return _predicted(angle, nan, 0.0, float(group["lr"]), rough=False)

@@ -159,8 +159,8 @@ def decay_of_vectors(plan: Plan, effects: Mapping[str, Effects]) -> Tensor | Non
     Returns:
         ``(n,)``, NaN where it does not act; None where it acts nowhere.
     """
-    # Mostly there is no such callback, and thousands of weights need not be asked one by one.
-    if not any(effect.decaying for effect in set(effects.values())):
+    # Mostly there is no such callback, and no group of thousands of weights need be looked for.
+    if not any(effect.decaying for effect in effects.values()):
         return None
     # Weights of a group are mostly decayed alike.
     known: dict[tuple[int, Decaying], Number] = {}

@@ -180,10 +180,21 @@ class ResultRow:
                 if of_all is not None:
                     predictions.put(places_among(weights, width), of_all.prediction)
                     continue
-                for place in weights.tolist():
-                    prediction = self._prediction_at(predictor, kind, place)
-                    predictions.put(np.array([place], dtype=np.int64), prediction)
+                has_scale = self._means_at(weights).get("gradient_scale")
+                # A formula would divide by the size of a gradient that there is none of.
+                if has_scale is None or has_scale.all() or not has_scale.any():
+                    parts = [weights]
+                else:
+                    parts = [weights[has_scale != 0], weights[has_scale == 0]]
+                for part in parts:
+                    lengths = self._weights.lengths[part]
+                    about = kind.effects, self._means_at(part), lengths, kind.shape
+                    each = predictor.predict_each(kind.group, rate, *about)
+                    predictions.put_each(part, each)
         return predictions
+
+    def _means_at(self, weights: Ints) -> dict[str, Doubles]:
+        return {name: of_all[weights] for name, of_all in self._means.items()}
 
     def _prediction_of_all(
         self,

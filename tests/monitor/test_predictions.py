@@ -6,6 +6,7 @@ from math import sqrt
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from models import fit, make
@@ -19,8 +20,8 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.engine.effect import Effects, Shrink
-from lightning_normdyn.monitor.predictions import relaxation_power
+from lightning_normdyn.engine.effect import Effects, Rescaling, Shrink
+from lightning_normdyn.monitor.predictions import Predictor, relaxation_power
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 SGD = torch.optim.SGD
@@ -256,3 +257,45 @@ def test_the_strength_of_aws_is_that_of_its_own_statistic() -> None:
 def test_how_fast_a_norm_relaxes(kind: Any, effects: Effects, power: float) -> None:
     group = kind([torch.zeros(2, requires_grad=True)], lr=0.1).param_groups[0]
     assert relaxation_power(kind, group, effects, None) == power
+
+
+SHRUNK = Effects(shrink=Shrink(0.1, "norm", replaces_decay=True))
+RESCALED = Effects(rescaling=Rescaling(5, "initial", True, "now"))
+EACH = {
+    "SGD, AWS": (torch.optim.SGD, {"momentum": 0.9}, SHRUNK),
+    "Adam, AWS": (torch.optim.Adam, {"weight_decay": 0.1}, SHRUNK),
+    "Adam, coupled": (torch.optim.Adam, {"weight_decay": 0.1}, Effects()),
+    "SGD, WRS": (torch.optim.SGD, {"momentum": 0.9}, RESCALED),
+    "AdamW, WRS": (torch.optim.AdamW, {"weight_decay": 0.1}, RESCALED),
+    "SGD, WRS and decay": (torch.optim.SGD, {"weight_decay": 0.1}, RESCALED),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9}, SHRUNK),
+}
+
+
+@pytest.mark.parametrize("has_scale", [True, False])
+@pytest.mark.parametrize("case", EACH)
+def test_many_weights_settle_where_each_of_them_does(case, has_scale):
+    optimizer_class, options, effects = EACH[case]
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(4, 8))], lr=1e-2, **options)
+    measured = {
+        "lr": np.full(4, 1e-2),
+        # The first is so small that formulas leave the numbers there are.
+        "weight_norm": np.array([1e-200, 0.5, 2.0, 7.0]),
+        "gradient_scale": np.array([1e-200, 3.0, 0.1, 4.0]) * has_scale,
+        # None at all for the last.
+        "equivalent_weight_decay": np.array([0.2, 0.05, 0.2, 0.0]),
+    }
+    lengths = np.array([9.0, 64.0, 27.0, 5.0])
+    predictor = Predictor(optimizer, optimizer.param_groups, 10)
+    found = predictor.predict_each(0, 1e-2, effects, measured, lengths, None)
+    for i, length in enumerate(lengths):
+        numbers = {name: values[i].item() for name, values in measured.items()}
+        single = predictor.predict(0, effects, numbers, int(length), None)
+        if single is None:
+            assert found is None or np.isnan(found.angular_update[i])
+            continue
+        relaxation = np.nan if single.relaxation is None else single.relaxation
+        assert found.angular_update[i] == pytest.approx(single.angular_update, rel=1e-14)
+        assert found.relaxation[i] == pytest.approx(relaxation, rel=1e-14, nan_ok=True)
+        assert found.pull[i] == pytest.approx(single.pull, rel=1e-14)
+        assert (found.power, found.rough) == (single.power, single.rough)
