@@ -63,7 +63,8 @@ def _stepped(held: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def _holds_gradients(kind: type[Optimizer]) -> bool:
     """Whether a step lets go of no gradient before it is over: torch's own do not. One of somebody
     else may, to have their memory."""
-    return kind.step.__module__.startswith("torch.optim.")
+    module = getattr(kind.step, "__module__", None)
+    return str(module).startswith("torch.optim.")
 
 
 class _Entry(NamedTuple):
