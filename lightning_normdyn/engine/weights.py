@@ -3,7 +3,7 @@ have as a whole, and which of them come later."""
 
 from collections.abc import Iterator, Mapping
 from operator import is_
-from typing import Any
+from typing import Any, NewType
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from .flavours import LightningModule, Trainer
 
 Names = tuple[str, ...]
 Shape = tuple[int, ...]
-Layout = tuple[tuple[int, ...], ...]
+
+Layout = NewType("Layout", object)
+"""Stands for what the param groups of an optimizer hold, in their order: another object for
+anything else that they hold later. Not the ids of the weights: the id of one that is gone may pass
+on to another."""
 
 
 class Weights:
@@ -174,7 +178,7 @@ class LayoutReader:
     """
 
     def __init__(self) -> None:
-        self.latest: Layout = ()
+        self.latest = Layout(object())
         self._groups: list[Any] = []
         self._weights = SameWeights([])
 
@@ -184,7 +188,7 @@ class LayoutReader:
         held = list(map(HELD, groups))
         if not (self._weights.are_in(held) and all(map(is_, groups, self._groups))):
             self._groups, self._weights = list(groups), SameWeights(held)
-            self.latest = tuple((id(group), *map(id, group["params"])) for group in groups)
+            self.latest = Layout(object())
         return self.latest
 
 

@@ -74,6 +74,23 @@ def test_weights_of_other_shapes_and_further_groups_are_noticed():
     assert len(set(read)) == len(read)
 
 
+def test_the_id_of_a_weight_that_is_gone_may_pass_on():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    reader = LayoutReader()
+    layouts = [reader.read(optimizer)]
+    params = optimizer.param_groups[0]["params"]
+    gone = id(params[0])
+    params[0] = nn.Parameter(torch.ones(2, 3))
+    layouts.append(reader.read(optimizer))
+    # Python gives out memory again that has become free, nearly always at once.
+    others = []
+    while len(others) < 1000 and id(params[0]) != gone:
+        params[0] = nn.Parameter(torch.ones(2, 3))
+        others.append(params[0])
+    layouts.append(reader.read(optimizer))
+    assert len(set(layouts)) == 3
+
+
 def grow(trainer, module):
     """Two more layers in front of the head, and their weights in a group of their own."""
     conv, norm = nn.Conv2d(6, 6, 1, bias=False).double(), nn.BatchNorm2d(6).double()
