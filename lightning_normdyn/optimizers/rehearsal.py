@@ -17,7 +17,9 @@ class _Rehearsed(Bracket):
     def __init__(self, bracket: Bracket, storages: Mapping[Tensor, Tensor]) -> None:
         super().__init__()
         self._bracket = bracket
-        self._storages = storages
+        # As if they had been taken: nothing is written, so the weights will do.
+        for weight, storage in storages.items():
+            self._copies[id(weight)] = storage
 
     @property
     def optimizer(self) -> Optimizer:
@@ -28,9 +30,6 @@ class _Rehearsed(Bracket):
 
     def acts_between(self, first: Phase, last: Phase, *, before_rank: int | None = None) -> bool:
         return self._bracket.acts_between(first, last, before_rank=before_rank)
-
-    def snapshot(self, weight: Tensor) -> Tensor:
-        return self._storages[weight]
 
 
 def rehearsed(step: Step, storages: Mapping[Tensor, Tensor]) -> Step:

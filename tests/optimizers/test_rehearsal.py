@@ -19,6 +19,7 @@ def test_each_weight_is_its_own_copy():
     like = rehearsed(step, {weight: weight})
     like.bracket.request_snapshot({weight: weight})
     assert like.bracket.snapshot(weight) is weight
+    assert like.bracket.snapshots_of([weight])[0] is weight
     assert (like.number, like.optimizer) == (7, optimizer)
     assert like.with_gradient == step.with_gradient
     assert like.bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
