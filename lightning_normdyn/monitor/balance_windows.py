@@ -95,7 +95,7 @@ class SharedWindow(NamedTuple):
         cls, places: Ints, numbers: tuple[int, ...], rows: tuple[Doubles, ...]
     ) -> SharedWindow:
         """With these rows."""
-        growths = np.stack([coherent_growth(row) for row in rows])
+        growths = np.stack(list(map(coherent_growth, rows)))
         # NaN, of an unknown pull, stays one in both: no span of such a window is enough.
         return cls(places, numbers, rows, growths.min(0), growths.max(0))
 
@@ -149,6 +149,7 @@ class SharedWindow(NamedTuple):
         here[LOG_KEPT] = last[LOG_KEPT] + log_of_kept(last[PULL]) + passed.log_kept
         here[RATES] = last[RATES] + last[LR] + passed.lr
         growth = coherent_growth(here)
+        # Of dropped rows, too: a span may begin at none of them, and is only looked for in vain.
         return SharedWindow(
             self.places,
             _thinned((*self.numbers, row.number)),

@@ -62,6 +62,7 @@ class Predictions(NamedTuple):
 
     def put_each(self, places: Ints, predicted: Predicted | None) -> None:
         """Write the predictions of several weights, as `put`."""
+        # None of them: what the other columns hold means nothing then.
         if predicted is None:
             self.there[places] = False
             return

@@ -175,8 +175,11 @@ def follow(
     if len(order) < width:
         followed = np.zeros(width, dtype=np.bool_)
         followed[order] = True
-        left = [lot.without(followed) for lot in known.lots]
-        others = [lot for lot in left if len(lot.weights)]
+        for lot in known.lots:
+            left = lot.without(followed)
+            # A lot whose weights all go on in others is gone.
+            if len(left.weights):
+                others.append(left)
     table = ExpectationTable(known.names, (*others, *lots), starts, silent_until, scales, energies)
     return table, Expected(shown, angles, norms, order)
 
@@ -303,6 +306,7 @@ class _Walk:
         course = self._course_from(norms)
         found = self._walk(course)
         self.is_understood = found is not None
+        # The settings have changed on the way to ones that nobody has derived.
         if found is None:
             return
         self.norms = found
@@ -313,6 +317,7 @@ class _Walk:
         """The course that they go on with, or a new one from their present norms."""
         optimizer_class = self._interval.theory.optimizer_class
         shape = self._kind.shape
+        # Only a new one is checked: the others are of a state that a course has left.
         if self._before is None:
             return NormCourse(optimizer_class, self._group, norms, self._dims, shape=shape)
         return NormCourse.going_on(optimizer_class, self._before.course, self._dims, shape=shape)

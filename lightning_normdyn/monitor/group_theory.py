@@ -131,6 +131,7 @@ class GroupTheory:
     def settings_of(self, group: Group) -> Settings | None:
         """`settings_of` a group that nobody changes during this row."""
         known = self._known_settings.get(id(group))
+        # The group with its answer, so that its id is not given to another one.
         if known is None:
             known = self._known_settings[id(group)] = (group, settings_of(group))
         return known[1]
@@ -150,6 +151,7 @@ class GroupTheory:
         key = (question, settings)
         answers = self._answers
         if key not in answers:
+            # All at once: which of them are of rates that are gone, only time would tell.
             if len(answers) >= MOST_ANSWERS:
                 answers.clear()
             answers[key] = ask()

@@ -162,6 +162,7 @@ class RateTable:
 
     def then(self, rates: Doubles, there: Flags) -> RateTable:
         """With one more rate, ``(w,)``, of the weights that are ``there``, ``(w,)``."""
+        # Mostly all weights have a rate, and two of them already: nothing has to be chosen.
         if there.all() and (self.counts == 2).all():
             moved = np.concatenate([self.rates[1:], rates[None]])
             return RateTable(self.names, moved, self.counts)

@@ -430,7 +430,8 @@ def _predicted(
     angle: Number, relaxation: Number, power: float, pull: Number, rough: bool
 ) -> Predicted:
     """What formulas gave for one weight or for several, as arrays."""
-    columns = [np.atleast_1d(np.asarray(column)) for column in (angle, relaxation, pull)]
+    # Some formulas have one number for all weights: the rate of a pull, no relaxation.
+    columns = map(np.atleast_1d, map(np.asarray, (angle, relaxation, pull)))
     angles, relaxations, pulls = np.broadcast_arrays(*columns)
     # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
     # reaches.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ from lightning_normdyn.optimizers.group_numbers import Number, is_zero
 from lightning_normdyn.optimizers.step_response import Options
 
 from .balance import Numbers, Passed, log_of_kept
+
+# Asked of every weight in a measured step: a generator would call Python for each.
+_DECAYING = attrgetter("decaying")
 
 
 class Strength(NamedTuple):
@@ -160,7 +164,7 @@ def decay_of_vectors(plan: Plan, effects: Mapping[str, Effects]) -> Tensor | Non
         ``(n,)``, NaN where it does not act; None where it acts nowhere.
     """
     # Mostly there is no such callback, and no group of thousands of weights need be looked for.
-    if not any(effect.decaying for effect in effects.values()):
+    if not any(map(_DECAYING, effects.values())):
         return None
     # Weights of a group are mostly decayed alike.
     known: dict[tuple[int, Decaying], Number] = {}

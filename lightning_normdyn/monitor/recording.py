@@ -174,6 +174,7 @@ class Recording(Part[Any]):
         if sent is None:
             return
         draft = self._drafted(self.ledger, sent)
+        # Asked of the ledger, whose rows the callback's history shows.
         is_first = not len(self.ledger.history)
         self._show(draft.ledger.replaced(sent=None))
         for warn in draft.concerns:

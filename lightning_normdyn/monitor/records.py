@@ -61,6 +61,7 @@ class Columns(Mapping[str, int]):
     def recorded(self, block: Block) -> Ints:
         """The places of the numbers that there are in a block; -1 of those that have no column."""
         there, places = self._recorded.get(block.keys, (None, None))
+        # Asked twice in a row: which columns are missing, and where the numbers go.
         if there is block.there and places is not None:
             return places
         # Row after row, the same numbers are there.

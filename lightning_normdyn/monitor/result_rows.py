@@ -124,6 +124,7 @@ class ResultRow:
         are_finite = np.isfinite(averages.of(_RESTS_ON[0], otherwise=0.0))
         for name in _RESTS_ON[1:]:
             are_finite &= np.isfinite(averages.of(name, otherwise=0.0))
+        # One number that is not finite makes a prediction none, whatever the formula takes of it.
         taken = moving & are_finite
 
         predictor = Predictor(
@@ -134,6 +135,7 @@ class ResultRow:
 
         measured, predicted = self._angles, predictions.angular_update
         compared = taken & predictions.there & averages.has("angular_update")
+        # Hardly ever, and then each weight that has no prediction now is asked for one.
         if not are_finite.all():
             diverged = moving & ~are_finite
             had_one = diverged & courses.latest.there
@@ -377,6 +379,7 @@ class ResultRow:
         if not asked.any():
             return coherences
         theory = self._interval.theory
+        # Of a kind that nobody asks about, it would be worked out for nothing.
         for kind in self._kinds:
             if asked[kind.weights].any():
                 group = self._result.groups[kind.group]
