@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .decay import DecayOwner
+from .same_weights import SameWeights
 from .scaling import Scaling
 
 
@@ -47,17 +48,15 @@ class Ids:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[list[Tensor], frozenset[int]] = [], frozenset()
+        # The weights as well, so that an id is not given to another object meanwhile.
+        self._weights = SameWeights([])
+        self._ids: frozenset[int] = frozenset()
 
     def of(self, weights: Sequence[Tensor]) -> frozenset[int]:
         """The ids of ``weights``; the same object as long as these are the same."""
-        known, ids = self._known
-        # By identity: == would compare entries.
-        if len(known) != len(weights) or not all(map(is_, known, weights)):
-            ids = frozenset(map(id, weights))
-            # The weights with them, so that an id is not given to another object meanwhile.
-            self._known = list(weights), ids
-        return ids
+        if not self._weights.are_in([list(weights)]):
+            self._weights, self._ids = SameWeights([weights]), frozenset(map(id, weights))
+        return self._ids
 
 
 _SHAPE = attrgetter("shape")
