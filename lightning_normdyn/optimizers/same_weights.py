@@ -1,7 +1,7 @@
 """Whether lists hold the weights that they held before: asked several times in every batch, of all
 weights of an optimizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_
 
@@ -22,12 +22,13 @@ class SameWeights:
         (True, False, False)
     """
 
-    def __init__(self, lists: Iterable[Iterable[Tensor]]) -> None:
-        # The weights themselves and not their ids: an id may pass on to another object.
-        self._lists = list(map(list, lists))
+    def __init__(self, lists: Iterable[Sequence[Tensor]]) -> None:
+        # The weights themselves and not their ids: an id may pass on to another object. Each as it
+        # came: a person may have put a tuple into a group, which equals no list.
+        self._lists = [weights[:] for weights in lists]
         self._equal_no_others = all(map(_equals_no_other, chain.from_iterable(self._lists)))
 
-    def are_in(self, lists: list[list[Tensor]]) -> bool:
+    def are_in(self, lists: Sequence[Sequence[Tensor]]) -> bool:
         """Whether ``lists`` hold the same objects in the same places."""
         # `==` compares by identity first. It takes a twentieth of the time of `is`, weight by
         # weight, and does not touch the weights, which hardly ever lie in a cache.

@@ -54,7 +54,7 @@ class Ids:
 
     def of(self, weights: Sequence[Tensor]) -> frozenset[int]:
         """The ids of ``weights``; the same object as long as these are the same."""
-        if not self._weights.are_in([list(weights)]):
+        if not self._weights.are_in([weights]):
             self._weights, self._ids = SameWeights([weights]), frozenset(map(id, weights))
         return self._ids
 

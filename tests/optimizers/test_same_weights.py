@@ -48,6 +48,14 @@ def test_lists_of_other_lengths_are_others():
         assert not known.are_in(others)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_what_a_group_holds_its_weights_in_does_not_matter(kind):
+    weights = kind(nn.Parameter(torch.ones(2)) for _ in range(2))
+    known = SameWeights([weights])
+    assert known.are_in([weights])
+    assert known.are_in([kind(weights)])
+
+
 def test_a_list_that_is_changed_afterwards_is_another_one():
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     weights = [first, second]
