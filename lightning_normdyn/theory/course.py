@@ -465,14 +465,12 @@ class NormCourse:
                     size = size + step.eps
                 newest, buffered = newest / size, buffered / size
 
-        # The buffer m', and its products with w, G and itself.
+        # The buffer m', and its products with w and itself.
         memory, taken = step.memory, step.taken
         w_buffer = memory * wm
-        buffer_g = taken * gg
         buffer_buffer = memory**2 * mm
         if wg is not None and mg is not None:
             w_buffer = w_buffer + taken * wg
-            buffer_g = memory * mg + buffer_g
             buffer_buffer = buffer_buffer + 2 * memory * taken * mg
         buffer_buffer = buffer_buffer + taken**2 * gg
 
@@ -482,7 +480,9 @@ class NormCourse:
         update_update = buffered * buffered * buffer_buffer
         # Most optimizers take the gradient from the buffer alone.
         if step.newest != 0:
-            if wg is not None:
+            buffer_g = taken * gg
+            if wg is not None and mg is not None:
+                buffer_g = memory * mg + buffer_g
                 w_update = newest * wg + w_update
             update_buffer = newest * buffer_g + update_buffer
             crossed = 2 * newest * buffered * buffer_g
