@@ -15,7 +15,7 @@ from lightning_normdyn import functional as F
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import kernels as kernels_file
 from lightning_normdyn.geometry import lot_choice, passes
-from lightning_normdyn.geometry.kernels import RowIndex
+from lightning_normdyn.geometry.kernels import Kernels, RowIndex
 from lightning_normdyn.geometry.pieces import rows_of
 from lightning_normdyn.geometry.placement import place
 
@@ -370,3 +370,18 @@ def test_whole_filters_need_no_index():
     assert index_of("conv", "linear", "layer").in_order
     assert not index_of("conv", "packed qkv").in_order
     assert not index_of("pixel shuffle").in_order
+
+
+def test_a_rank_that_holds_no_vector_does_nothing():
+    device = torch.device("cpu")
+    kernels = Kernels(RowIndex([], device), [], [], device)
+    none = torch.ones(0, dtype=torch.float64, device=device)
+    # FSDP1 may put all of a unit's weights on another rank.
+    kernels.scale_([], none)
+    kernels.add_scaled_([], none, [])
+    kernels.scale_and_add_([], none, none, [])
+    kernels.stretch_([], [], none, none, none)
+    kernels.decay_shortened_([], none, [], [])
+    assert kernels.sums(passes.SQUARES, [[]]).shape == (1, 0)
+    removal = passes.removing(passes.RADIAL, 2)
+    assert kernels.sums(removal, [[], []], [none]).shape[1] == 0
