@@ -405,15 +405,13 @@ class Kernels:
 
     def _of_lots(self, values: Tensor, dummy: float, lots: Sequence[Lot]) -> Sequence[Tensor]:
         """From ``(n,)`` values of vectors those of the rows of each lot."""
-        # Converted and cut once here, not for every lot. A single one converts what it gets.
-        is_single = len(lots) == 1
-        if not is_single:
+        # Cut once here, and converted unless a single lot does it. A rank may have no lot at all.
+        if len(lots) != 1:
             values = values.to(self._precision)
         of_rows = self._index.to_rows(values, dummy)
         if self._order is not None:
             of_rows = of_rows[self._order]
-        # A rank that holds none of these weights has no lot.
-        return [of_rows] if is_single else of_rows.split_with_sizes([lot.rows for lot in lots])
+        return [of_rows] if len(lots) == 1 else of_rows.split_with_sizes([lot.rows for lot in lots])
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
