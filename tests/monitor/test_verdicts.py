@@ -282,6 +282,7 @@ def test_too_few_rows() -> None:
     assert judge(short, "w", course(FAST, 2)).words == "too few rows"
 
 
+@pytest.mark.slow
 def test_e_foldings_add_up_over_a_schedule() -> None:
     seen = Course()
     for step in range(10, 101, 10):
