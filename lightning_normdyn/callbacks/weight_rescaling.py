@@ -83,22 +83,19 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
             return "now"
         return "over"
 
-    def _is_due(self, step: Step) -> bool:
+    def reads_gradients(self, step: Step) -> bool:
+        """Whether it rescales after this step."""
         # The plan counts on over resumes. By the steps of this fit alone, a resumed run would
         # rescale at other steps than one that was never interrupted.
         is_turn = self.plan.number(step) % self.rule.every_n_steps == 0
         return is_turn and self._window() == "now"
-
-    def reads_gradients(self, step: Step) -> bool:
-        """Of the steps after which it rescales only."""
-        return self._is_due(step)
 
     @during(Phase.RESCALE)
     def rescale(self, step: Step) -> None:
         """w <- c w with c = target norm / |w| (WRS paper, section 5)."""
         plan = self.plan
         self._mark_what_is_late()
-        if not self._is_due(step):
+        if not self.reads_gradients(step):
             return
         factor, _ = self._worked_out(plan.guards(step))
         self.rescaler.scaling(factor).apply()

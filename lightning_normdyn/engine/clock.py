@@ -30,9 +30,7 @@ class Clock:
     def logging_step(self) -> int:
         """How many logging steps the Trainer has come to with this batch; 0 if it does not log."""
         every = log_every(self._trainer)
-        if not every:
-            return 0
-        return (batches_that_stepped(self._trainer) + self._shift + 1) // every
+        return (self.now + 1) // every if every else 0
 
     @property
     def is_inside_batch(self) -> bool:

@@ -337,16 +337,19 @@ class Plan:
         # Everything stays on the device: who is left alone is read when somebody asks for it.
         good = _are_sound(values, norms)
         self.bad |= ~good
-        is_active = self.active(step) is None or any(self.vectors.has_gradient(step))
-        self.tally.note(step.number, is_active)
+        self._note(step)
         return good
 
     def guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `guarded` takes in this step: ``bad``, who is active, and whether the update is
         skipped. Notes that the callback acts."""
-        bad, active, skipped = self.expected_guards(step)
-        self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
-        return bad, active, skipped
+        self._note(step)
+        return self.expected_guards(step)
+
+    def _note(self, step: Step) -> None:
+        has_gradient = self.vectors.has_gradient(step)
+        # Of no weights at all, none lacks a gradient.
+        self.tally.note(step.number, all(has_gradient) or any(has_gradient))
 
     def expected_guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`guards` of a step in which the callback may not act."""

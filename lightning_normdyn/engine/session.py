@@ -285,8 +285,7 @@ class Session:
     def resolve(self, step: Step) -> None:
         """A step is about to happen: every callback makes its plan, unless it has one."""
         index = self.attachment.number_of(step.bracket)
-        if self.attachment.entries[index].return_check is not None:
-            self.attachment.check_return(index)
+        self.attachment.check_return(index)
         logging_step = self.clock.logging_step
         self._decide(index, step, logging_step)
         # A Trainer that never logs has steps like those of one that logs every 50.
@@ -297,8 +296,7 @@ class Session:
     def _decide(self, index: int, step: Step, logging_step: int) -> None:
         layout = self._take_in_new_weights(index, final=True)
         entry = self.attachment.entries[index]
-        basis = self._basis(layout)
-        if entry.resolved_for != basis:
+        if entry.resolved_for != self._basis(layout):
             self.claims.settle(index, self.weights.owned(step.optimizer))
         if not self._begun:
             with_gradient = any_gradient(self.weights.owned(step.optimizer))
@@ -308,8 +306,7 @@ class Session:
         as_received = entry.return_check is None
         self.claims.question(index, logging_step, as_received=as_received)
         # A contradiction may just have withdrawn a claim.
-        if self.claims.version != basis[0]:
-            basis = self._basis(layout)
+        basis = self._basis(layout)
         if entry.resolved_for == basis:
             return
         entry.resolved_for = basis

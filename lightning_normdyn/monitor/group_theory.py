@@ -72,8 +72,8 @@ class GroupTheory:
     def strength(self, group: Group, effects: Effects) -> Strength:
         """`strength_of` a decay, which does not depend on the learning rate."""
         return self._once(
-            ("strength", effects),
-            self.settings_of(group),
+            ("strength",),
+            group,
             effects,
             lambda: strength_of(self._optimizer, group, effects),
         )
@@ -81,8 +81,8 @@ class GroupTheory:
     def options(self, group: Group, effects: Effects) -> tuple[Options, float] | None:
         """`options_of` what callbacks do to a weight, which does not depend on it either."""
         return self._once(
-            ("options", effects),
-            self.settings_of(group),
+            ("options",),
+            group,
             effects,
             lambda: options_of(effects, self._optimizer, group),
         )
@@ -90,8 +90,8 @@ class GroupTheory:
     def noise_coherence(self, group: Group, effects: Effects, shape: Shape) -> float | None:
         """`noise_coherence` of a weight, a ratio of lengths of steps at the same rate."""
         return self._once(
-            ("noise", effects, shape),
-            self.settings_of(group),
+            ("noise", shape),
+            group,
             effects,
             lambda: noise_coherence(self._optimizer, group, effects, shape),
         )
@@ -105,13 +105,13 @@ class GroupTheory:
                 return None
             return Sizes(response.normalized, response.energy_is_rough)
 
-        return self._once(("sizes", shape), self.settings_of(group), None, ask)
+        return self._once(("sizes", shape), group, None, ask)
 
     def has_course(self, group: Group, shape: Shape) -> bool:
         """Whether norms can be followed step by step."""
         return self._once(
             ("course", shape),
-            self.settings_of(group),
+            group,
             None,
             lambda: is_understood(self.optimizer_class, group, shape),
         )
@@ -126,7 +126,7 @@ class GroupTheory:
     ) -> T:
         """What ``ask`` finds for weights of a group that have all of this in common; it depends on
         nothing else."""
-        return self._once(("rate", lr, effects, shape), self.settings_of(group), effects, ask)
+        return self._once(("rate", lr, shape), group, effects, ask)
 
     def settings_of(self, group: Group) -> Settings | None:
         """`settings_of` a group that nobody changes during this row."""
@@ -139,16 +139,17 @@ class GroupTheory:
     def _once(
         self,
         question: tuple[Any, ...],
-        settings: Settings | None,
+        group: Group,
         effects: Effects | None,
         ask: Callable[[], T],
     ) -> T:
+        settings = self.settings_of(group)
         # The largest rate of a schedule, which some decays follow, rises in a warm-up without being
         # another effect.
         moves = effects is not None and effects.decaying is not None
         if settings is None or moves or not self._keeps_answers:
             return ask()
-        key = (question, settings)
+        key = (question, effects, settings)
         answers = self._answers
         if key not in answers:
             # All at once: which of them are of rates that are gone, only time would tell.

@@ -11,9 +11,9 @@ Fabric or a plain loop. Knows nothing of Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from itertools import chain
-from typing import Any, ClassVar, NamedTuple, ParamSpec
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -32,27 +32,10 @@ from .takeover import Claimed, DecayTakeover
 from .views import torch_optimizers
 from .wrappers import closure_does_nothing
 
-P = ParamSpec("P")
-
 
 def _hooked_steps(kind: type[Optimizer]) -> int:
     """How many ``step`` methods of a class and its bases torch has put hooks around."""
     return sum(getattr(vars(c).get("step"), "hooked", False) for c in kind.__mro__)
-
-
-def _without_gradients(method: Callable[P, None]) -> Callable[P, None]:
-    """As ``torch.no_grad()``, for what runs twice in every step: in a third of its time."""
-
-    @wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        before = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        try:
-            method(*args, **kwargs)
-        finally:
-            torch.set_grad_enabled(before)
-
-    return call
 
 
 def _stepped(held: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -276,7 +259,7 @@ class StepBracket(Bracket):
         # torch calls the hooks again for the super().step() of a subclass: the same step.
         if self._depth > 1:
             return None
-        self._takeover.end(self._step, after_update=False)
+        self.restore()
         stepping, *others = args
         view = self._takeover.view_for(stepping)
         closure = others[0] if others else kwargs.get("closure")
@@ -317,10 +300,9 @@ class StepBracket(Bracket):
             raise error
         self.on_refusal(error)
 
-    @_without_gradients
+    @torch.no_grad()
     def _ready(self, stepping: Optimizer) -> None:
-        if self._unsettled is not None:
-            self.settle()
+        self.settle()
         optimizer = self.optimizer
         skipped = getattr(optimizer, "found_inf", None)
         if self._step is not None and self._is_as_left(self._step):
@@ -329,8 +311,7 @@ class StepBracket(Bracket):
             self._step.skipped = skipped
             self._take_decay_over(stepping, self._step, again=True)
             return
-        if self._step is not None:
-            self.take_back(gradients_count=True)
+        self.take_back(gradients_count=True)
         self.forget_snapshots()
         held = list(map(HELD, optimizer.param_groups))
         if not any_gradient(chain.from_iterable(held)):
@@ -348,8 +329,6 @@ class StepBracket(Bracket):
         """Fix which weights have a gradient for who asks after the update, which may free or
         replace gradients."""
         # Looking at every weight is most of what a step costs in which nothing acts.
-        if "with_gradient" in vars(step):
-            return
         for entry in self._handlers:
             reads = entry.reads_gradients
             if entry.phase > Phase.SNAPSHOT and (reads is None or reads(step)):
@@ -367,7 +346,7 @@ class StepBracket(Bracket):
         if add_decay is not None:
             add_decay()
 
-    @_without_gradients
+    @torch.no_grad()
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth:

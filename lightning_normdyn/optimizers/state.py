@@ -225,11 +225,12 @@ def rescale_batch_norms_(norms: Sequence[RunningStatistics]) -> None:
         [tensor([3., 4.]), tensor([5.])]
     """
     ids = [id(tensor) for norm in norms for tensor in norm[:2] if tensor is not None]
+    are_apart = len(set(ids)) == len(ids)
     alike: dict[Any, list[RunningStatistics]] = {}
     for number, norm in enumerate(norms):
         # Two weights in front of one normalization rescale it one after the other.
         key: Any = number
-        if len(set(ids)) == len(ids):
+        if are_apart:
             kinds = [None if each is None else (each.dtype, each.device) for each in norm[:4]]
             key = (*kinds, norm.eps)
         alike.setdefault(key, []).append(norm)

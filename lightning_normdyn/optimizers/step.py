@@ -160,12 +160,12 @@ class Snapshots:
         """Memory for copies of all ``storages``, that of the last time where they are alike."""
         forms = list(zip(map(_SHAPE, storages), map(_DTYPE, storages), strict=True))
         newest = self._newest
+        are_kept = all(map(_IS_CPU, storages))
         # A few comparisons of whole lists: to look at the buffer of each weight takes ten times as
         # long.
-        if newest.ids == ids and newest.forms == forms and all(map(_IS_CPU, storages)):
+        if are_kept and newest.ids == ids and newest.forms == forms:
             return list(newest.buffers)
         buffers = [self._buffer(*entry) for entry in zip(ids, storages, strict=True)]
-        are_kept = all(map(_IS_CPU, storages))
         self._newest = _Memory(ids, forms, list(buffers)) if are_kept else _Memory([], [], [])
         return buffers
 
