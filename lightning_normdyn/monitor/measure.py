@@ -37,6 +37,7 @@ from .vector_numbers import (
     VOUCHED,
     Idle,
     collapsed,
+    kept_by_name,
     numbers_of_vectors,
     values_of,
 )
@@ -164,32 +165,25 @@ class Measured:
                     found[f"{quantity}_histogram/{target.name}"] = histogram
         return found
 
-    def vectors(self, *, wanted: bool) -> dict[str, Any]:
-        """Every vector's norm and applied decay by name, for ridge plots and EffectiveLRReplay;
-        empty if the history keeps none.
+    def kept_vectors(self, *, wanted: bool) -> Tensor:
+        """Every vector's norm and applied decay, for `read_vectors`: flat, and empty if the history
+        keeps none or if another rank keeps it.
 
         Every rank must call it; a collective where vectors lie on several.
 
         Args:
             wanted: whether this rank keeps the history.
         """
-        rows: dict[str, Any] = {}
+        nothing = self.values.new_empty(0)
         if self.kept is None:
-            return rows
+            return nothing
         # Before the return: a rank that keeps no history takes part in the collective all the same.
         gathered = self.plan.vectors.gather(self.kept)
-        if not wanted:
-            return rows
-        for target, values in zip(self.plan.targets, gathered, strict=True):
-            norms, decays = values.float().cpu().numpy()
-            rows[f"weight_norm/{target.name}"] = norms
-            rows[f"decay/{target.name}"] = decays
-            if target.weight.dtype == torch.float64:
-                # What float32 leaves of the norm: an experiment in float64 is to be followed as
-                # closely as training allows.
-                rest = (values[0] - values[0].float()).float().cpu().numpy()
-                rows[f"weight_norm_rest/{target.name}"] = rest
-        return rows
+        return torch.cat(gathered, dim=-1).flatten() if wanted else nothing
+
+    def read_vectors(self, numbers: Doubles) -> dict[str, Any]:
+        """What `kept_vectors` gave, once it is on the host, by name."""
+        return kept_by_name(self.plan.targets, numbers) if len(numbers) else {}
 
 
 class StepGauge:

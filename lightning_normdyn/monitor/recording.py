@@ -152,16 +152,18 @@ class Recording(Part[Any]):
         must call it."""
         clamped = self.combined.counted("clamped")
         is_kept = self.trainer.is_global_zero
-        vectors = [result.vectors(wanted=is_kept) for result in results]
-        packed = [result.reduce() for result in results]
-        parts = packed if clamped is None else [*packed, clamped]
+        vectors = [result.kept_vectors(wanted=is_kept) for result in results]
+        sums = [result.reduce() for result in results]
+        parts = [*sums, *vectors]
+        sizes = [part.numel() for part in parts]
+        if clamped is not None:
+            parts.append(clamped)
         marked = self.combined.events()
         is_overdue = any(result.look.overdue for result in results)
         return Sent(
             results=list(results),
-            sizes=[part.numel() for part in packed],
-            numbers=HostCopy(torch.cat([part.to(packed[0]) for part in parts])),
-            vectors=vectors,
+            sizes=sizes,
+            numbers=HostCopy(torch.cat([part.to(sums[0]) for part in parts])),
             events=self.ledger.new_events(marked),
             marked=marked,
             skipped_steps=self._skipped_before + self.session.attempts.skipped(),

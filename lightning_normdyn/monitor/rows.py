@@ -37,10 +37,9 @@ class Sent:
 
     Args:
         results: one per optimizer that was measured.
-        sizes: how many of the numbers belong to each result; one more is the number of clamped
-            vectors, if anybody counts them.
+        sizes: how many of the numbers are sums of each result, and then how many are of its
+            vectors; one more is the number of clamped vectors, if anybody counts them.
         numbers: all of them, in one transfer.
-        vectors: what the history keeps of each result's vectors.
         events: kinds of what happened since the results before these.
         marked: how often it had happened by then.
         skipped_steps: of the whole run.
@@ -50,7 +49,6 @@ class Sent:
     results: list[Measured]
     sizes: list[int]
     numbers: HostCopy
-    vectors: list[dict[str, Any]]
     events: tuple[str, ...]
     marked: dict[tuple[int, int, str], int]
     skipped_steps: int
@@ -110,17 +108,17 @@ class RowDraft:
         measured because the fit may end with them."""
         sent = self._sent
         numbers = sent.numbers.get().double().numpy()
-        for result, size, vectors in zip(sent.results, sent.sizes, sent.vectors, strict=True):
-            # In the order in which they were put together; what is left over is of no result.
-            own = numbers[:size]
-            numbers = numbers[size:]
-            reading = result.read(own)
+        # In the order in which they were put together; what is left over is of no result.
+        *parts, clamped = np.split(numbers, np.cumsum(sent.sizes))
+        count = len(sent.results)
+        for result, sums, vectors in zip(sent.results, parts[:count], parts[count:], strict=True):
+            reading = result.read(sums)
             if reading is not None and (result.look.due or not only_due):
                 self._add(result, reading)
-                self._vectors.update(vectors)
+                self._vectors.update(result.read_vectors(vectors))
         # Without AWS nobody counts clamped vectors: a 0 would say that somebody looked.
-        if len(numbers):
-            self._counted_vectors["normdyn/clamped_vectors"] = float(numbers[-1])
+        if len(clamped):
+            self._counted_vectors["normdyn/clamped_vectors"] = float(clamped[0])
 
     def _add(self, result: Measured, reading: Reading) -> None:
         index = result.plan.index

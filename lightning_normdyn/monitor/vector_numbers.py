@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 
+from .by_weight import Doubles
 from .quantities import QUANTITIES
 from .step_sums import StepSums, log_smallest, urgency
 
@@ -154,3 +156,28 @@ def collapsed(
     if active is not None:
         is_short = is_short & active
     return (is_short.to(size.dtype),)
+
+
+def kept_by_name(targets: Sequence[Target], numbers: Doubles) -> dict[str, Any]:
+    """What a history keeps of every vector, for ridge plots and EffectiveLRReplay.
+
+    Args:
+        targets: the weights.
+        numbers: float64 ``(2 n,)``, norms and then applied decays of the vectors of all ranks, in
+            the order of the weights.
+
+    Returns:
+        By ``<quantity>/<name of the weight>``, float32, one number per vector of the weight.
+    """
+    stops = np.cumsum([target.partition.n for target in targets])
+    of_weights = np.split(numbers.reshape(2, -1), stops[:-1], axis=-1)
+    kept = {}
+    for target, values in zip(targets, of_weights, strict=True):
+        norms, decays = values.astype(np.float32)
+        kept[f"weight_norm/{target.name}"] = norms
+        kept[f"decay/{target.name}"] = decays
+        if target.weight.dtype == torch.float64:
+            # What float32 leaves of the norm: an experiment in float64 is to be followed as closely
+            # as training allows.
+            kept[f"weight_norm_rest/{target.name}"] = (values[0] - norms).astype(np.float32)
+    return kept

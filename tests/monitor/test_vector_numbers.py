@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from models import fit
@@ -10,7 +13,13 @@ from walk import Walk, batches, noise, start
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor import measure
-from lightning_normdyn.monitor.vector_numbers import DEAD_AFTER, Idle, collapsed, values_of
+from lightning_normdyn.monitor.vector_numbers import (
+    DEAD_AFTER,
+    Idle,
+    collapsed,
+    kept_by_name,
+    values_of,
+)
 
 
 def sums_of_idle(radial: float):
@@ -63,3 +72,21 @@ def test_one_formula_tells_the_same_as_torch_alone(monkeypatch, rules):
         assert mine.keys() == theirs.keys()
         numbers = [torch.tensor([float(v) for v in row.values()]) for row in (mine, theirs)]
         torch.testing.assert_close(*numbers, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_what_is_kept_of_each_vector_comes_by_weight():
+    targets = [
+        SimpleNamespace(
+            name=name, weight=torch.zeros(n, 3, dtype=dtype), partition=SimpleNamespace(n=n)
+        )
+        for name, n, dtype in (("a", 2, torch.float32), ("b", 1, torch.float64))
+    ]
+    kept = kept_by_name(targets, np.array([1.0, 2.0, 3.0 + 1e-9, 0.1, 0.2, np.nan]))
+    assert kept["weight_norm/a"].tolist() == [1, 2]
+    assert kept["decay/a"] == pytest.approx([0.1, 0.2])
+    assert np.isnan(kept["decay/b"]).all()
+    assert all(values.dtype == np.float32 for values in kept.values())
+    # Together they are the norm in float64; a weight in float32 has no more digits.
+    assert "weight_norm_rest/a" not in kept
+    total = kept["weight_norm/b"].astype(np.float64) + kept["weight_norm_rest/b"]
+    assert total == pytest.approx([3 + 1e-9], abs=1e-14)
