@@ -111,9 +111,11 @@ def test_training_steps(tmp_path):
 
 def test_many_small_layers_cost_as_many_operations_as_few(tmp_path):
     rows = section("many", tmp_path)
-    assert len(rows) == 9, list(rows)
+    ours = {"AWS", "RadialProjection", "WRS, rescaling", "monitor, idle", "monitor, logging"}
+    assert ours | {"floor: hooks that do nothing", "floor: AWS by hand"} <= rows.keys()
     for name, cells in rows.items():
-        if name != "case":
+        # A peer that is installed takes each weight by itself.
+        if name != "case" and not name.startswith("peer"):
             assert float(cells[-1]) == 0, name
 
 
