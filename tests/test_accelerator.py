@@ -4,14 +4,15 @@ tensors of two devices, and the host waits for nothing in a step."""
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from accelerator import DEVICE, Device, on_accelerator
-from cases import CASES, MODES, run
-from models import BATCH, ManualNet, distance, fit, loader, make, sgd, weights_of
+from cases import CASES, MODES, run, sgd
+from models import BATCH, ManualNet, distance, fit, loader, make, weights_of
 
 from lightning_normdyn import InputSpanMonitor, NormDynamicsMonitor
 from lightning_normdyn.engine.claim_record import CLOSE_LOOKS
@@ -111,6 +112,51 @@ def test_the_host_waits_for_nothing_in_a_step(case):
             log_every_n_steps=3,
             **on_accelerator(),
         )
+    assert set(counts.waits) <= {ARRIVES}
+    assert not counts.sent
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.rare) for case in CASES if case != "all"] + ["all"],
+)
+@pytest.mark.slow
+def test_nothing_waits_for_a_scaler_that_may_skip(case, monkeypatch):
+    """A fused optimizer's flag lies on the device. torch has no fused kernel for this one, so its
+    plain step is given the arguments of a fused one, and passes them over."""
+    # Its package has no attribute of this name.
+    module = import_module("torch.optim.sgd")
+    plain_step = module._single_tensor_sgd
+
+    def step(*arguments: Any, **options: Any) -> None:
+        plain_step(*arguments, **{**options, "grad_scale": None, "found_inf": None})
+
+    monkeypatch.setattr(module, "_single_tensor_sgd", step)
+
+    def with_flag(device: Any) -> Any:
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            optimizer = sgd(parameters, foreach=False)
+            optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+            optimizer.grad_scale = torch.ones((), dtype=torch.float32, device=device)
+            return optimizer
+
+        return make
+
+    first = CLOSE_LOOKS + 2
+    options: dict[str, Any] = {
+        "data": loader((first + 7) * BATCH),
+        "max_epochs": 1,
+        "log_every_n_steps": 3,
+    }
+    if CASES[case].make_scheduler is not None:
+        options["make_scheduler"] = CASES[case].make_scheduler
+    here, _ = run(CASES[case].callbacks(), {"make_optimizer": with_flag("cpu")}, **options)
+    with Device() as device:
+        counts = Counts(device, first, first + 6)
+        chosen = [counts, *CASES[case].callbacks()]
+        mode = {"make_optimizer": with_flag(DEVICE)}
+        there, _ = run(chosen, mode, **options, **on_accelerator())
+    assert distance(weights_of(there), weights_of(here)) <= 1e-12
     assert set(counts.waits) <= {ARRIVES}
     assert not counts.sent
 
