@@ -173,6 +173,13 @@ def test_bf16_autocast_gives_the_same_table(name):
         tuple(x.float() if x.is_floating_point() else x for x in inputs),
     )
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            module(*inputs)
+        except RuntimeError as error:
+            # torch itself has no LSTM in bfloat16 for CPUs without AVX-512.
+            if "could not create a primitive" not in str(error):
+                raise
+            pytest.skip(f"this CPU cannot run {name} in bfloat16")
         assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
 
 
