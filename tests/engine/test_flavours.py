@@ -321,6 +321,7 @@ ONE = {
 }
 
 
+@pytest.mark.slow
 def test_ours_first_as_isort_has_it():
     assert in_forks(SCRIPT, "ours pytorch_lightning") == [ONE["pytorch_lightning"]]
 

@@ -116,6 +116,7 @@ def test_a_quantity_that_is_measured_only_by_name_is_silent_else(monkeypatch):
     assert "relative_update/net.0.weight" in history[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("added")
 def test_an_added_quantity_has_its_pictures_charts_and_labels(tmp_path):
     pytest.importorskip("matplotlib")
