@@ -1375,9 +1375,12 @@ def many(rounds: int, device: str, quick: bool) -> str:
     }
     x = torch.randn(8, 8, device=device)
 
-    def make(name: str, count: int, optimizer: Callable[[Any], torch.optim.Optimizer]) -> Fit:
+    def make(
+        count: int,
+        callbacks: Sequence[L.Callback],
+        optimizer: Callable[[Any], torch.optim.Optimizer] = sgd_fused,
+    ) -> Fit:
         torch.manual_seed(0)
-        callbacks = chosen[name][0]() if name in chosen else []
         net = many_layers(count).to(device)
         # A logging step of the Trainer's would look for the steps that were taken alone.
         fit = Fit(net, optimizer, callbacks, loss_of_squares, x, log_every_n_steps=10**9)
@@ -1386,28 +1389,26 @@ def many(rounds: int, device: str, quick: bool) -> str:
             fit.run_batch()
         return fit
 
-    def operations(name: str, fit: Fit) -> Case:
-        return measure([Case(name, fit.run_batch, fit)], 1, device, warmup=0)[name]
+    def added_operations(fit: Fit) -> int:
+        counts = []
+        for context in (contextlib.nullcontext(), fit.alone()):
+            with context:
+                case = Case("", fit.run_batch, fit)
+                counts.append(measure([case], 1, device, warmup=0)[""].operations)
+        return counts[0] - counts[1]
 
-    fits = {name: make(name, layers, sgd_fused) for name in chosen}
-    pairs = {name: Pairs(fit) for name, fit in fits.items()}
+    pairs = {name: Pairs(make(layers, made())) for name, (made, _) in chosen.items()}
     chance = random.Random(0)
     for _ in range(rounds):
         for name in chance.sample(list(pairs), len(pairs)):
             pairs[name].take(chance)
 
     rows, bars = [], []
-    for name, (_, most) in chosen.items():
+    for name, (made, most) in chosen.items():
         taken, quiet = pairs[name], pairs[name].quiet()
         each = 1e6 * quiet.beyond / layers
         ratio = median_ratio(quiet.times, quiet.alone)
-        with fits[name].alone():
-            plain = operations("plain", fits[name])
-        grown = operations(name, fits[name]).operations - plain.operations
-        small = make(name, few, sgd_fused)
-        with small.alone():
-            plain = operations("plain", small)
-        grown -= operations(name, small).operations - plain.operations
+        grown = added_operations(taken.fit) - added_operations(make(few, made()))
         cells = [
             milliseconds(quiet.alone),
             f"{each:.2f}",
@@ -1422,7 +1423,10 @@ def many(rounds: int, device: str, quick: bool) -> str:
         if not math.isnan(most):
             bars.append(Bar(f"{name}, microseconds per layer beyond plain", most, each, PYTHON))
     if find_spec("adamp") is not None:
-        peers = [Case(o.__name__, f.run_batch, f) for o, f in _peers(make, layers)]
+        peers = []
+        for optimizer in (sgd_fused, sgdp):
+            fit = make(layers, [], optimizer)
+            peers.append(Case(optimizer.__name__, fit.run_batch, fit))
         found = measure(peers, 3 if quick else 60, device)
         theirs, plainest = found["sgdp"], found["sgd_fused"]
         beyond = [t - p for t, p in zip(theirs.times, plainest.times, strict=True)]
@@ -1454,10 +1458,6 @@ def many(rounds: int, device: str, quick: bool) -> str:
     )
     text += table("", head, rows)
     return text if quick else text + "\n" + bar_table(bars)
-
-
-def _peers(make: Callable[..., Fit], layers: int) -> list[tuple[Any, Fit]]:
-    return [(optimizer, make("", layers, optimizer)) for optimizer in (sgd_fused, sgdp)]
 
 
 PYTHON = (

@@ -169,9 +169,7 @@ class Device(TorchDispatchMode):
             return tree_map(self._moved_there, real)
         if name == "_to_copy" and not self._goes_there(args, kwargs):
             return real.clone()
-        if name == "copy_" and not is_there(args[0]):
-            return args[0]
-        if name == "copy_" and not is_there(args[1]):
+        if name == "copy_" and not all(map(is_there, args[:2])):
             return args[0]
         found = func(*args, **kwargs)
         for mine, theirs in zip(tree_leaves(found), tree_leaves(real), strict=True):

@@ -271,6 +271,14 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def goes_with(case: str, mode: str) -> bool:
+    """Whether a case can be run in a mode. One with a schedule cannot where nobody steps a
+    scheduler, nor where torch's own does not bear a group that comes later."""
+    if CASES[case].make_scheduler is None:
+        return True
+    return MODES[mode].get("model") is not ManualNet and "extra" not in MODES[mode]
+
+
 def run(callbacks: list[Any], mode: dict[str, Any], **overrides: Any) -> tuple[Net, Recorder]:
     """Train the small network in this mode."""
     mode = {**mode, **overrides}

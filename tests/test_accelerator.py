@@ -11,8 +11,8 @@ import lightning as L
 import pytest
 import torch
 from accelerator import DEVICE, Device, on_accelerator
-from cases import CASES, MODES, run, sgd
-from models import BATCH, ManualNet, distance, fit, loader, make, weights_of
+from cases import CASES, MODES, goes_with, run, sgd
+from models import BATCH, distance, fit, loader, make, weights_of
 
 from lightning_normdyn import InputSpanMonitor, NormDynamicsMonitor
 from lightning_normdyn.engine.claim_record import CLOSE_LOOKS
@@ -26,12 +26,7 @@ ARRIVES = "_to_copy in optimizers/step.py get"
 
 def every_case_and_mode():
     for case, mode in itertools.product(CASES, MODES):
-        if mode in ON_CPU_ONLY:
-            continue
-        schedules = CASES[case].make_scheduler is not None
-        if schedules and (MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]):
-            # nobody steps a scheduler there, or torch's own does not bear the group that comes
-            # later
+        if mode in ON_CPU_ONLY or not goes_with(case, mode):
             continue
         marks = [] if (case, mode) in QUICK else [pytest.mark.slow]
         if mode not in (WITH_ALL if case == "all" else ("sgd", "adamw")):
@@ -51,11 +46,15 @@ WITH_ALL = (
 )
 
 
+def options_of(case: str) -> dict[str, Any]:
+    """What a case sets of the model."""
+    make_scheduler = CASES[case].make_scheduler
+    return {} if make_scheduler is None else {"make_scheduler": make_scheduler}
+
+
 @pytest.mark.parametrize(("case", "mode"), list(every_case_and_mode()))
 def test_ends_where_the_cpu_ends(case, mode):
-    options: dict[str, Any] = {}
-    if CASES[case].make_scheduler is not None:
-        options["make_scheduler"] = CASES[case].make_scheduler
+    options = options_of(case)
     here, _ = run(CASES[case].callbacks(), MODES[mode], **options)
     with Device() as device:
         there, _ = run(CASES[case].callbacks(), MODES[mode], **options, **on_accelerator())
@@ -100,13 +99,10 @@ def test_the_host_waits_for_nothing_in_a_step(case):
     first = CLOSE_LOOKS + 2
     with Device() as device:
         counts = Counts(device, first, first + 6)
-        options: dict[str, Any] = {}
-        if CASES[case].make_scheduler is not None:
-            options["make_scheduler"] = CASES[case].make_scheduler
         run(
             [counts, *CASES[case].callbacks()],
             {"make_optimizer": sgd},
-            **options,
+            **options_of(case),
             data=loader((first + 7) * BATCH),
             max_epochs=1,
             log_every_n_steps=3,
@@ -143,13 +139,12 @@ def test_nothing_waits_for_a_scaler_that_may_skip(case, monkeypatch):
         return make
 
     first = CLOSE_LOOKS + 2
-    options: dict[str, Any] = {
+    options = {
+        **options_of(case),
         "data": loader((first + 7) * BATCH),
         "max_epochs": 1,
         "log_every_n_steps": 3,
     }
-    if CASES[case].make_scheduler is not None:
-        options["make_scheduler"] = CASES[case].make_scheduler
     here, _ = run(CASES[case].callbacks(), {"make_optimizer": with_flag("cpu")}, **options)
     with Device() as device:
         counts = Counts(device, first, first + 6)

@@ -111,8 +111,8 @@ def test_training_steps(tmp_path):
 
 def test_many_small_layers_cost_as_many_operations_as_few(tmp_path):
     rows = section("many", tmp_path)
-    ours = {"AWS", "RadialProjection", "WRS, rescaling", "monitor, idle", "monitor, logging"}
-    assert ours | {"floor: hooks that do nothing", "floor: AWS by hand"} <= rows.keys()
+    # A peer stands below them where it is installed.
+    assert len([name for name in rows if not name.startswith("peer")]) == 11, list(rows)
     for name, cells in rows.items():
         # A peer that is installed takes each weight by itself.
         if name != "case" and not name.startswith("peer"):

@@ -27,6 +27,7 @@ from cases import (
     check,
     compiled,
     everything,
+    goes_with,
     identical,
     optimizer_state,
     run,
@@ -39,7 +40,6 @@ from lightning.pytorch.tuner import Tuner
 from models import (
     BEFORE_2_6,
     TARGETS,
-    ManualNet,
     Net,
     SavesAt,
     distance,
@@ -81,11 +81,7 @@ QUICK_STEERING = {("rotation", "finetuning"), ("rotation-floor", "adamw"), ("bra
 
 def every_case_and_mode():
     for case, mode in itertools.product(CASES, MODES):
-        if CASES[case].make_scheduler is not None and (
-            MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]
-        ):
-            # nobody steps a scheduler there, or torch's own does not bear the group that comes
-            # later
+        if not goes_with(case, mode):
             continue
         slow = case in VARIANTS and mode not in ("sgd", "adamw")
         slow = slow or (case in STEERING and (case, mode) not in QUICK_STEERING)
@@ -136,9 +132,7 @@ def another_default(name: str):
 
 def every_case_under_another_default():
     for case, mode, default in itertools.product(CASES, MODES, ("bfloat16", "meta")):
-        if CASES[case].make_scheduler is not None and (
-            MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]
-        ):
+        if not goes_with(case, mode):
             continue
         if mode == "tensor lr" and default == "meta":
             continue  # LambdaLR itself makes a rate there
